@@ -1,0 +1,111 @@
+"""Finding and replacing the input inside whatever a loader yields."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+from torch import Tensor
+
+Path = tuple[int | str, ...]
+
+
+def find(batch: Any, path: Path) -> Tensor:
+    """The tensor at `path`; a bare tensor is its own element 0.
+
+    Raises:
+        ValueError: There is nothing at that path.
+        TypeError: What is there is not a tensor.
+    """
+    value = batch
+    for key in _steps(batch, path):
+        value = _child(batch, path, value, key)
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"the input at {_name(path)} must be a tensor, got {type(value).__name__}; "
+            f"{_hint(batch)}"
+        )
+    return value
+
+
+def put(batch: Any, path: Path, x: Tensor) -> Any:
+    """`batch` with `x` at `path`; lists and dicts are changed in place, other containers rebuilt."""
+
+    def replaced(value: Any, steps: Path) -> Any:
+        if not steps:
+            return x
+        key = steps[0]
+        child = replaced(_child(batch, path, value, key), steps[1:])
+        if isinstance(value, tuple):
+            if isinstance(key, str):
+                key = value._fields.index(key)  # type: ignore[attr-defined]
+            items = list(value)
+            items[key] = child
+            return _like(value, items)
+        if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
+            return type(value)({**value, key: child})  # type: ignore[call-arg]
+        if not isinstance(value, list | MutableMapping):
+            value = copy.copy(value)  # an object of the user's own: tree_map left it as it was
+        if isinstance(key, str) and not isinstance(value, Mapping) and hasattr(value, key):
+            setattr(value, key, child)
+        else:
+            value[key] = child
+        return value
+
+    return replaced(batch, _steps(batch, path))
+
+
+def tree_map(fn: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`fn` of every tensor, in fresh tuples, lists and mappings of the same types."""
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, MutableMapping):
+        fresh = copy.copy(value)
+        for key in value:
+            fresh[key] = tree_map(fn, value[key])
+        return fresh
+    if isinstance(value, Mapping):
+        return type(value)({key: tree_map(fn, v) for key, v in value.items()})  # type: ignore[call-arg]
+    if isinstance(value, list | tuple):
+        return _like(value, [tree_map(fn, v) for v in value])
+    return value
+
+
+def _like(value: Any, items: list[Any]) -> Any:
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
+def _steps(batch: Any, path: Path) -> Path:
+    return () if isinstance(batch, Tensor) and path == (0,) else path
+
+
+def _child(batch: Any, path: Path, value: Any, key: int | str) -> Any:
+    if isinstance(key, str) and not isinstance(value, Mapping) and hasattr(value, key):
+        return getattr(value, key)
+    try:
+        if isinstance(value, Tensor | str):
+            raise TypeError
+        return value[key]
+    except (LookupError, TypeError, AttributeError):
+        raise ValueError(
+            f"there is no {_name(path)} in the batch that the loader gave; {_hint(batch)}"
+        ) from None
+
+
+def _name(path: Path) -> str:
+    return f"key={path[0]!r}" if len(path) == 1 else f"key={path!r}"
+
+
+def _hint(batch: Any) -> str:
+    """What the batch looks like, and which key its input probably has."""
+    if isinstance(batch, Mapping):
+        entries: list[tuple[Any, Any]] = list(batch.items())
+    elif isinstance(batch, list | tuple):
+        entries = list(enumerate(batch))
+    else:
+        return f"it is a {type(batch).__name__}"
+    shown = ", ".join(f"{key!r}: {type(value).__name__}" for key, value in entries[:8])
+    inputs = [k for k, v in entries if isinstance(v, Tensor) and v.is_floating_point()]
+    cure = f"; perhaps key={inputs[0]!r}" if inputs else "; name its place with key="
+    return f"it is a {type(batch).__name__} with {{{shown}}}{cure}"

@@ -1,0 +1,76 @@
+"""Checks of arguments, with messages that name the argument, the value and the cure."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+STRAYS = 0.1  # share of a batch that may lie outside the bounds (RandomErasing's noise, rounding)
+FAR = 4.0  # how many widths of the bounds even a stray value may be away
+
+
+def describe(x: Tensor) -> str:
+    """Shape, dtype and device of a tensor, for messages."""
+    return f"a {x.dtype} tensor of shape {tuple(x.shape)} on {x.device}"
+
+
+def positive(name: str, value: Any) -> float:
+    """`value` as a float, if it is a positive finite number."""
+    number = _number(name, value)
+    if not (number > 0 and math.isfinite(number)):
+        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+    return number
+
+
+def count(name: str, value: Any) -> int:
+    """`value` as an int, if it is a whole number of at least 1."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be a whole number, got {type(value).__name__} {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value!r}")
+    return operator.index(value)
+
+
+def inside(pixels: Tensor, bounds: tuple[float, float] | None, what: str) -> None:
+    """Refuse pixels that are not finite, or that as a whole are not what `bounds` says."""
+    low, high = (float(v) for v in pixels.aminmax())
+    if not math.isfinite(low) or not math.isfinite(high):
+        raise ValueError(
+            f"the input holds values that are not finite, {what}; look for NaN or infinity in the data"
+        )
+    if bounds is None:
+        return
+    lowest, highest = bounds
+    width = highest - lowest
+    slack = 1e-2 * width  # half precision rounds, and mean and std are often rounded too
+    outside = ((pixels < lowest - slack) | (pixels > highest + slack)).float().mean().item()
+    if outside > STRAYS or low < lowest - FAR * width or high > highest + FAR * width:
+        raise ValueError(
+            f"the input lies outside bounds {bounds}: {what} has {outside:.1%} of its values outside, "
+            f"observed range {low:.3g} to {high:.3g} in pixel units. If the loader normalises, pass its "
+            "mean= and std=; if pixels are 0..255, divide them by 255; for any other range pass "
+            "bounds=(lowest, highest), with eps in the same units, or bounds=None"
+        )
+
+
+def numbers(name: str, value: Any) -> tuple[float, ...]:
+    """One number or several as a tuple of finite floats."""
+    several = isinstance(value, Iterable) and not isinstance(value, str)
+    several = several and getattr(value, "ndim", 1) > 0  # a tensor or an array may be one number
+    result = tuple(_number(name, v) for v in (value if several else (value,)))
+    if not result or not all(map(math.isfinite, result)):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    return result
+
+
+def _number(name: str, value: Any) -> float:
+    if getattr(value, "ndim", None) == 0:  # of a tensor or an array
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+    return float(value)

@@ -1,0 +1,233 @@
+"""The context object: settings, `replay`, `step`, `epochs` and the state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from free_adv.checks import count, describe, positive
+from free_adv.minibatch import CURES, Flight
+from free_adv.optimizers import Optimizers
+from free_adv.perturbation import Perturbation
+from free_adv.replay import Replay
+from free_adv.threat import ThreatModel
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class FreeAdversarial:
+    """Adversarial training at the cost of natural training, inside your own loop.
+
+    Every minibatch is replayed *m* times. The one backward pass of a replay moves the weights down and
+    the perturbation `delta` up, and delta is carried from minibatch to minibatch: Algorithm 1 of
+    "Adversarial Training for Free!" (Shafahi et al. 2019, arXiv 1904.12843). Divide the number of
+    epochs by *m*, with `epochs`, and the cost is that of natural training.
+
+    It sits beside the optimizer, as `torch.amp.GradScaler` does:
+
+        for epoch in range(free.epochs(200)):
+            for x, y in free.replay(loader):
+                loss = criterion(model(x), y)
+                free.step(loss)  # instead of zero_grad, backward and step
+
+    A loop with a backward pass of its own needs only `replay`: the iterator takes in the gradient that
+    the backward pass has left when it moves on.
+
+    Args:
+        optimizer: The optimizer that `step` drives, or several. None for a loop that steps by itself.
+        eps: Radius of the perturbations in pixel units (those of `bounds`): `8/255` for [0, 1] images.
+        replays: The paper's *m*, how often each minibatch is trained on. The paper uses 8 on CIFAR
+            and 4 on ImageNet.
+        step_size: Length of an ascent step in pixel units. None means `eps`, as in the paper.
+        norm: "linf" or "l2" (per sample).
+        bounds: Lowest and highest valid pixel, before any normalisation; None for no range.
+        mean: The mean that the loader has subtracted, per channel; None if it does not normalise.
+        std: The standard deviation that the loader has divided by, per channel.
+        start: How delta begins a minibatch: "carry" keeps that of the last one, as in the paper;
+            "zero" and "uniform" (in the ball) start anew.
+        scaler: A `torch.amp.GradScaler` for float16 autocast, driven by `step`.
+        max_grad_norm: Clip the norm of the parameters' gradient in `step`. delta is never clipped by it.
+        accumulate: Micro-batches per optimizer step; they are replayed as one minibatch.
+        key: Where in a batch the input is: an index, a name, or a tuple of them for nested batches.
+            A batch that is a tensor is the input itself.
+        device: Where to move the tensors of a batch, once for all its replays. None leaves them.
+
+    Attributes:
+        threat: The `ThreatModel` that `eps`, `norm`, `bounds`, `mean` and `std` make.
+
+    Raises:
+        ValueError: A value is out of range; the message names argument, value and cure.
+        TypeError: A value has the wrong type.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> loader = [(torch.rand(16, 1, 8, 8), torch.arange(16) % 10)]
+        >>> free = FreeAdversarial(optimizer, eps=8 / 255, replays=4)
+        >>> for epoch in range(free.epochs(8)):
+        ...     for x, y in free.replay(loader):
+        ...         free.step(torch.nn.functional.cross_entropy(model(x), y))
+        >>> free.delta.shape, bool(free.delta.abs().max() <= 8 / 255 + 1e-7)
+        (torch.Size([16, 1, 8, 8]), True)
+    """
+
+    threat: ThreatModel
+
+    def __init__(
+        self,
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
+        *,
+        eps: float,
+        replays: int = 4,
+        step_size: float | None = None,
+        norm: str = "linf",
+        bounds: Iterable[float] | None = (0.0, 1.0),
+        mean: float | Iterable[float] | None = None,
+        std: float | Iterable[float] | None = None,
+        start: str = "carry",
+        scaler: GradScaler | None = None,
+        max_grad_norm: float | None = None,
+        accumulate: int = 1,
+        key: int | str | tuple[int | str, ...] = 0,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        self.threat = ThreatModel(eps, norm, bounds, mean, std)
+        if start not in ("carry", "zero", "uniform"):
+            raise ValueError(f"start must be 'carry', 'zero' or 'uniform', got {start!r}")
+        path = key if isinstance(key, tuple) else (key,)
+        if not path or not all(isinstance(k, int | str) for k in path):
+            raise TypeError(f"key must be an index, a name or a tuple of them, got {key!r}")
+        self._optimizers = Optimizers(optimizer, scaler, max_grad_norm)
+        step = self.threat.eps if step_size is None else positive("step_size", step_size)
+        self._flight = Flight(
+            perturbation=Perturbation(self.threat, step, start),
+            replays=count("replays", replays),
+            accumulate=count("accumulate", accumulate),
+            path=path,
+            device=None if device is None else torch.device(device),
+        )
+
+    def replay(self, loader: Iterable[Any]) -> Replay:
+        """Wrap a loader so that each minibatch comes *m* times, its input perturbed by delta.
+
+        Wrap last: after `accelerator.prepare`, after any prefetching. The result can be iterated once per
+        epoch; its length is *m* times that of the loader; other attributes are the loader's own.
+        Every replay yields the batch in fresh containers, so changing it in place is safe.
+
+        Args:
+            loader: Any iterable of batches: tensors, or tuples, lists and mappings of them. The input, at
+                `key`, has shape (N, ...) and a floating dtype; channels are dimension 1.
+
+        Raises:
+            RuntimeError: While iterating: a replay received no gradient, or a newer replay of this
+                object was started.
+            ValueError: While iterating: a batch lies outside `bounds`, or has nothing at `key`.
+            TypeError: While iterating: the input is not a floating-point tensor.
+        """
+        if isinstance(loader, Replay):
+            raise ValueError("loader is a replay already: iterate it as it is, or wrap its loader")
+        if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+            raise TypeError(f"loader must be iterable, got {type(loader).__name__}")
+        return Replay(self._flight, loader)
+
+    def step(self, loss: Tensor) -> None:
+        """Move the weights and delta with one backward pass: use it instead of zero_grad, backward, step.
+
+        With `accumulate`, call it for each micro-batch; the optimizer moves after the last one.
+        The loss is weighted by the micro-batch's share of the minibatch, so do not divide it.
+
+        Args:
+            loss: A scalar, the mean over the batch that `replay` has just yielded.
+
+        Raises:
+            RuntimeError: There is no optimizer, no replay to step for, or no gradient arrived.
+                The weights are as they were.
+            TypeError: `loss` is not a tensor.
+            ValueError: `loss` is not a scalar.
+        """
+        minibatch = self._flight.minibatch
+        if not self._optimizers.all:
+            raise RuntimeError(
+                "step() needs an optimizer: FreeAdversarial(optimizer, eps=...), or call "
+                "loss.backward() and optimizer.step() yourself"
+            )
+        if minibatch is None or minibatch.waiting is None:
+            raise RuntimeError(
+                "step() expects one call for each batch of replay(): call it once inside "
+                "`for x, y in free.replay(loader):`"
+            )
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss must be a tensor, got {type(loss).__name__}")
+        if loss.numel() != 1:
+            raise ValueError(f"loss must be a scalar, got {describe(loss)}; take its mean()")
+        if not loss.requires_grad:
+            raise RuntimeError(f"the loss has no graph to go backward through.\n{CURES}")
+        index = minibatch.waiting
+        if index == 0:
+            self._optimizers.zero_grad()
+        if len(minibatch.batches) > 1:
+            loss = loss * minibatch.share(index)
+        self._optimizers.backward(loss)
+        if minibatch.waiting == index:
+            raise RuntimeError(f"the input received no gradient from this loss.\n{CURES}")
+        if minibatch.finished:
+            minibatch.take_in()
+            self._optimizers.step()
+
+    def epochs(self, n: int) -> int:
+        """Epochs over the replayed loader that cost as much as `n` natural ones: `ceil(n / m)`."""
+        return -(-count("n", n) // self._flight.replays)
+
+    @property
+    def delta(self) -> Tensor | None:
+        """A copy of the rows of delta that the latest batch used, in pixel units; None before the first."""
+        if self._flight.latest is None:
+            return None
+        return self._flight.perturbation[self._flight.latest[1]].clone()
+
+    @property
+    def clean(self) -> Tensor | None:
+        """A copy of the latest batch's input without delta, for losses such as TRADES; None before it."""
+        return None if self._flight.latest is None else self._flight.latest[0].detach().clone()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a later run needs to go on where this one is.
+
+        Take it between two replays, after the weights have moved. Taken between a batch and its `step`,
+        it repeats that replay.
+
+        Returns:
+            A dict of tensors and plain values, for `torch.save`:
+
+            - `version`: 1.
+            - `settings`: `eps`, `norm`, `bounds`, `mean`, `std` and `replays`; the object that loads
+              the state must have the same.
+            - `delta`: a list with one tensor per sample shape, of shape (rows, ...), in pixel units.
+            - `minibatch`: the list of batches in flight, or None.
+            - `done`: how many replays of them have been made.
+        """
+        return self._flight.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`: the next `replay` first yields what is left of its minibatch.
+
+        Raises:
+            ValueError: The state is incomplete or was made with other settings. Nothing is changed.
+        """
+        self._flight.load_state_dict(state)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Drop delta and any batch in flight."""
+        self._flight.clear()
+
+    def __repr__(self) -> str:
+        return f"FreeAdversarial({self.threat}, replays={self._flight.replays})"

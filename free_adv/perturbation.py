@@ -1,0 +1,87 @@
+"""delta: the perturbation that is carried from minibatch to minibatch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from free_adv.threat import ThreatModel
+
+Key = tuple[tuple[int, ...], torch.dtype]
+
+
+class Rows(NamedTuple):
+    """The rows of one buffer that belong to one batch."""
+
+    key: Key
+    start: int
+    stop: int
+
+
+class Perturbation:
+    """One buffer of delta per sample shape, in pixel units, as long as the largest minibatch seen.
+
+    A minibatch uses the leading rows, so a short last batch leaves the others as they are. Buffers
+    are float32 (float64 for float64 input) whatever the precision of the input, live on the device
+    of the input and have its layout.
+    """
+
+    def __init__(self, threat: ThreatModel, step_size: float, start: str) -> None:
+        self.threat = threat
+        self.step_size = step_size
+        self.start = start
+        self.buffers: dict[Key, Tensor] = {}
+
+    def place(self, xs: Sequence[Tensor]) -> list[Rows]:
+        """Assign rows to the batches of one minibatch: side by side where they share a sample shape."""
+        rows: list[Rows] = []
+        used: dict[Key, int] = {}
+        for x in xs:
+            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+            key = (tuple(x.shape[1:]), dtype)
+            if key not in self.buffers:
+                self.threat.check(x)
+            first = used.get(key, 0)
+            rows.append(Rows(key, first, first + len(x)))
+            used[key] = first + len(x)
+            self._fit(key, x, used[key])
+        return rows
+
+    def begin(self, rows: Sequence[Rows]) -> None:
+        """Set delta as a new minibatch finds it: carried over, zero, or uniform in the ball."""
+        for r in rows:
+            if self.start == "zero":
+                self[r].zero_()
+            elif self.start == "uniform":
+                self.threat.randomise(self[r])
+
+    def perturb(self, x: Tensor, rows: Rows) -> Tensor:
+        """`x + delta` held inside the bounds, as a new tensor."""
+        return self.threat.perturb(x, self[rows])
+
+    def ascend(self, rows: Rows, grad: Tensor) -> None:
+        """One step of steepest ascent and projection of those rows (Algorithm 1 of the paper)."""
+        delta = self[rows]
+        self.threat.ascend(delta, grad.to(delta.device), self.step_size)
+
+    def load(self, buffers: Sequence[Tensor]) -> None:
+        """Take over copies of saved buffers; they follow the input to its device when next used."""
+        self.buffers = {(tuple(b.shape[1:]), b.dtype): b.clone() for b in buffers}
+
+    def __getitem__(self, rows: Rows) -> Tensor:
+        return self.buffers[rows.key][rows.start : rows.stop]
+
+    def _fit(self, key: Key, x: Tensor, length: int) -> None:
+        """Make the buffer long enough, and bring it to where `x` is."""
+        old = self.buffers.get(key)
+        if old is not None and (not len(x) or (old.device == x.device and len(old) >= length)):
+            return
+        kept = 0 if old is None else len(old)
+        rows = x[:1].expand(max(length, kept), *x.shape[1:]) if len(x) else x
+        new = torch.zeros_like(rows, dtype=key[1])
+        if old is not None:
+            new[:kept] = old
+        self.buffers[key] = new

@@ -1,0 +1,218 @@
+"""The threat model: how far an input may be moved, in which norm, and inside which range."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from free_adv.checks import describe, inside, numbers, positive
+
+
+@dataclass(frozen=True, init=False)
+class ThreatModel:
+    """The set of perturbations a model is trained and attacked with: `||delta|| <= eps`, inside `bounds`.
+
+    `delta`, `eps` and `bounds` are in pixel units, the units of the images before any normalisation.
+    Threat models are immutable and compare by value.
+
+    Args:
+        eps: Radius of the ball, in the units of `bounds`: `8/255` for images in [0, 1].
+        norm: "linf" (every pixel moves by at most `eps`) or "l2" (so does the Euclidean norm of each
+            sample's perturbation).
+        bounds: Lowest and highest valid pixel; None for inputs without a range.
+        mean: Mean that the loader has subtracted, per channel (dimension 1) or one number for all.
+            None if the loader does not normalise.
+        std: Standard deviation that the loader has divided by, given together with `mean`.
+
+    Raises:
+        ValueError: A value is out of range; the message names argument, value and cure.
+        TypeError: A value is not a number.
+
+    Example:
+        >>> ThreatModel(8 / 255) == ThreatModel(8 / 255, norm="linf", bounds=(0, 1))
+        True
+    """
+
+    eps: float
+    norm: str
+    bounds: tuple[float, float] | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+
+    def __init__(
+        self,
+        eps: float,
+        norm: str = "linf",
+        bounds: Iterable[float] | None = (0.0, 1.0),
+        mean: float | Iterable[float] | None = None,
+        std: float | Iterable[float] | None = None,
+    ) -> None:
+        if norm not in ("linf", "l2"):
+            raise ValueError(f"norm must be 'linf' or 'l2', got {norm!r}")
+        eps = positive("eps", eps)
+        box = None if bounds is None else numbers("bounds", bounds)
+        if box is not None and (len(box) != 2 or not box[0] < box[1]):
+            raise ValueError(
+                f"bounds must be (lowest, highest) with lowest < highest, got {bounds!r}"
+            )
+        if box is not None and norm == "linf" and eps > box[1] - box[0]:
+            raise ValueError(
+                f"eps must not exceed the width of bounds {box}, got {eps:g}; did you mean eps={eps:g}/255?"
+            )
+        if (mean is None) != (std is None):
+            raise ValueError(
+                f"mean and std belong together, got mean={mean!r}, std={std!r}; "
+                "pass both, as in the loader's Normalize(mean, std)"
+            )
+        means = None if mean is None else numbers("mean", mean)
+        stds = None if std is None else numbers("std", std)
+        if stds is not None and min(stds) <= 0:
+            raise ValueError(f"std must be positive, got {std!r}")
+        if means is not None and stds is not None and len(means) != len(stds):
+            if 1 not in (len(means), len(stds)):
+                raise ValueError(
+                    f"mean and std must have one entry per channel, got {len(means)} and {len(stds)}"
+                )
+            channels = max(len(means), len(stds))
+            means = means * (channels // len(means))
+            stds = stds * (channels // len(stds))
+        values = {"eps": eps, "norm": norm, "bounds": box, "mean": means, "std": stds}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def to_pixels(self, x: Tensor) -> Tensor:
+        """`x` with the loader's normalisation undone, in float32 or float64."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.mean is None or self.std is None:
+            return x
+        mean, std = (_channels(v, x.ndim, x.dtype, x.device) for v in (self.mean, self.std))
+        return x * std + mean
+
+    def from_pixels(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
+        """The inverse of `to_pixels`, as `dtype`."""
+        if self.mean is not None and self.std is not None:
+            like = pixels.ndim, pixels.dtype, pixels.device
+            pixels = (pixels - _channels(self.mean, *like)) / _channels(self.std, *like)
+        return pixels.to(dtype)
+
+    def perturb(self, x: Tensor, delta: Tensor) -> Tensor:
+        """Move `x` by `delta` and hold it inside the bounds; values already outside stay free to come back.
+
+        Args:
+            x: A batch in the loader's units, shape (N, ...).
+            delta: The perturbation in pixel units, of the same shape; float32 or float64.
+
+        Returns:
+            A new tensor in the loader's units, with `x`'s shape, dtype and layout. The sum is formed
+            in `delta`'s precision and cast last.
+        """
+        z = x.to(delta.dtype)
+        low: Any
+        high: Any
+        low, high = self.bounds or (None, None)
+        if self.mean is None or self.std is None:
+            moved = z + delta
+        else:
+            mean, std = (_channels(v, z.ndim, z.dtype, z.device) for v in (self.mean, self.std))
+            moved = z + delta / std
+            low, high = (None if b is None else (b - mean) / std for b in (low, high))
+        if low is not None:
+            # A stray value of x widens the range to itself, so that nothing moves by more than eps.
+            moved = torch.clamp(moved, z.clamp(max=low), z.clamp(min=high))
+        return moved.to(x.dtype)
+
+    def ascend(self, delta: Tensor, grad: Tensor, step_size: float) -> None:
+        """Take one step of steepest ascent from `delta`, in place, and project onto the ball.
+
+        For linf the step is `step_size * sign(grad)`, for l2 `step_size * grad / ||grad||` per
+        sample. Entries of the gradient that are not finite count as zero, and a zero gradient moves
+        nothing. Positive multiples of the loss take the same step.
+
+        Args:
+            delta: The perturbation in pixel units, shape (N, ...).
+            grad: Gradient of the loss in the loader's units, of the same shape.
+            step_size: Length of the step in pixel units.
+        """
+        if not delta.numel():
+            return
+        grad = grad.to(delta.dtype).nan_to_num(0.0, 0.0, 0.0)
+        if self.norm == "linf":
+            delta.add_(grad.sign(), alpha=step_size).clamp_(-self.eps, self.eps)
+            return
+        if self.std is not None:
+            grad = grad / _channels(self.std, grad.ndim, grad.dtype, grad.device)
+        # The largest entry is divided out first: squares of tiny gradients would underflow to 0.
+        tiny = torch.finfo(grad.dtype).tiny
+        grad = grad / _per_sample(grad, math.inf).clamp(min=tiny)
+        delta.add_(grad / _per_sample(grad, 2).clamp(min=tiny), alpha=step_size)
+        delta.mul_((self.eps / _per_sample(delta, 2).clamp(min=tiny)).clamp(max=1.0))
+
+    def randomise(self, delta: Tensor, generator: torch.Generator | None = None) -> None:
+        """Fill `delta`, shape (N, ...), with a uniform draw from the ball of each sample, in place."""
+        if self.norm == "linf":
+            delta.uniform_(-self.eps, self.eps, generator=generator)
+            return
+        delta.normal_(generator=generator)
+        # A uniform draw from a d-dimensional ball has the radius u^(1/d).
+        radius = torch.empty_like(_per_sample(delta, 2)).uniform_(generator=generator)
+        radius.pow_(1 / max(1, delta[:1].numel())).mul_(self.eps)
+        delta.mul_(radius / _per_sample(delta, 2).clamp(min=torch.finfo(delta.dtype).tiny))
+
+    def displacement(self, x: Tensor, x_adv: Tensor) -> Tensor:
+        """How far `x_adv` is from `x`, in pixel units; both are in the loader's units."""
+        delta = x_adv.to(torch.promote_types(x_adv.dtype, torch.float32)) - x
+        if self.std is not None:
+            delta *= _channels(self.std, delta.ndim, delta.dtype, delta.device)
+        return delta
+
+    def distance(self, delta: Tensor) -> Tensor:
+        """Norm of each sample of `delta`, shape (N, ...), as a tensor of shape (N,)."""
+        return _per_sample(delta, math.inf if self.norm == "linf" else 2).reshape(len(delta))
+
+    def check(self, x: Tensor) -> None:
+        """Refuse a batch that cannot be what this threat model describes.
+
+        Raises:
+            TypeError: `x` is not a floating-point tensor.
+            ValueError: `x` has no batch dimension, has other channels than `mean` and `std`, holds
+                values that are not finite, or lies outside `bounds`. Stray values, such as the noise
+                that RandomErasing writes into normalised images, are let pass.
+        """
+        what = describe(x)
+        if not x.is_floating_point():
+            raise TypeError(
+                f"the input must be floating point, got {what}; convert it before the replay "
+                "(images: x.float() / 255, or ToDtype(torch.float32, scale=True) in the transform)"
+            )
+        if x.ndim == 0:
+            raise ValueError(f"the input needs a batch dimension, got {what}; batch it as x[None]")
+        if self.mean is not None and (x.ndim < 2 or len(self.mean) not in (1, x.shape[1])):
+            raise ValueError(
+                f"mean and std have {len(self.mean)} entries, but the channels (dimension 1) of the "
+                f"input differ: {what}; pass one entry per channel"
+            )
+        if x.numel() == 0:
+            return
+        inside(self.to_pixels(x.detach()), self.bounds, what)
+
+
+def _per_sample(t: Tensor, order: float) -> Tensor:
+    """Norm of each sample, shaped to broadcast against `t`."""
+    flat = t.flatten(1) if t.ndim > 1 else t[:, None]
+    norm: Tensor = torch.linalg.vector_norm(flat, order, dim=1)
+    return norm.reshape(-1, *[1] * (t.ndim - 1))
+
+
+@functools.lru_cache(maxsize=64)  # made once: a copy from the host would make it wait for the GPU
+@torch.inference_mode(False)
+def _channels(
+    values: tuple[float, ...], ndim: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Numbers per channel as a tensor that broadcasts along dimension 1 of a batch."""
+    return torch.tensor(values, dtype=dtype, device=device).reshape(-1, *[1] * max(0, ndim - 2))
