@@ -11,6 +11,14 @@ from torch import Tensor
 Path = tuple[int | str, ...]
 
 
+def as_path(key: Any) -> Path:
+    """The argument `key` as a path: an index or a name, or several of them."""
+    path = key if isinstance(key, tuple) else (key,)
+    if not path or not all(isinstance(k, int | str) for k in path):
+        raise TypeError(f"key must be an index, a name or a tuple of them, got {key!r}")
+    return path
+
+
 def find(batch: Any, path: Path) -> Tensor:
     """The tensor at `path`; a bare tensor is its own element 0.
 

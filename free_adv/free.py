@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from free_adv.batches import as_path
 from free_adv.checks import count, describe, positive
 from free_adv.minibatch import CURES, Flight
 from free_adv.optimizers import Optimizers
@@ -17,24 +18,15 @@ from free_adv.perturbation import Perturbation
 from free_adv.replay import Replay
 from free_adv.threat import ThreatModel
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 
 class FreeAdversarial:
     """Adversarial training at the cost of natural training, inside your own loop.
 
+    It sits beside the optimizer, as `torch.amp.GradScaler` does.
     Every minibatch is replayed *m* times. The one backward pass of a replay moves the weights down and
     the perturbation `delta` up, and delta is carried from minibatch to minibatch: Algorithm 1 of
     "Adversarial Training for Free!" (Shafahi et al. 2019, arXiv 1904.12843). Divide the number of
     epochs by *m*, with `epochs`, and the cost is that of natural training.
-
-    It sits beside the optimizer, as `torch.amp.GradScaler` does:
-
-        for epoch in range(free.epochs(200)):
-            for x, y in free.replay(loader):
-                loss = criterion(model(x), y)
-                free.step(loss)  # instead of zero_grad, backward and step
 
     A loop with a backward pass of its own needs only `replay`: the iterator takes in the gradient that
     the backward pass has left when it moves on.
@@ -100,16 +92,13 @@ class FreeAdversarial:
         self.threat = ThreatModel(eps, norm, bounds, mean, std)
         if start not in ("carry", "zero", "uniform"):
             raise ValueError(f"start must be 'carry', 'zero' or 'uniform', got {start!r}")
-        path = key if isinstance(key, tuple) else (key,)
-        if not path or not all(isinstance(k, int | str) for k in path):
-            raise TypeError(f"key must be an index, a name or a tuple of them, got {key!r}")
         self._optimizers = Optimizers(optimizer, scaler, max_grad_norm)
         step = self.threat.eps if step_size is None else positive("step_size", step_size)
         self._flight = Flight(
             perturbation=Perturbation(self.threat, step, start),
             replays=count("replays", replays),
             accumulate=count("accumulate", accumulate),
-            path=path,
+            path=as_path(key),
             device=None if device is None else torch.device(device),
         )
 
@@ -125,10 +114,9 @@ class FreeAdversarial:
                 `key`, has shape (N, ...) and a floating dtype; channels are dimension 1.
 
         Raises:
-            RuntimeError: While iterating: a replay received no gradient, or a newer replay of this
-                object was started.
-            ValueError: While iterating: a batch lies outside `bounds`, or has nothing at `key`.
-            TypeError: While iterating: the input is not a floating-point tensor.
+            RuntimeError: In the loop: a replay received no gradient, or a newer one was started.
+            ValueError: In the loop: a batch lies outside `bounds`, or has nothing at `key`.
+            TypeError: In the loop: the input is not a floating-point tensor.
         """
         if isinstance(loader, Replay):
             raise ValueError("loader is a replay already: iterate it as it is, or wrap its loader")
@@ -206,8 +194,7 @@ class FreeAdversarial:
             A dict of tensors and plain values, for `torch.save`:
 
             - `version`: 1.
-            - `settings`: `eps`, `norm`, `bounds`, `mean`, `std` and `replays`; the object that loads
-              the state must have the same.
+            - `settings`: those of the threat model and `replays`, which must be the same at loading.
             - `delta`: a list with one tensor per sample shape, of shape (rows, ...), in pixel units.
             - `minibatch`: the list of batches in flight, or None.
             - `done`: how many replays of them have been made.
@@ -222,7 +209,7 @@ class FreeAdversarial:
         """
         self._flight.load_state_dict(state)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> FreeAdversarial:
         return self
 
     def __exit__(self, *exc: object) -> None:

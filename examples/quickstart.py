@@ -1,0 +1,214 @@
+"""Natural, free adversarial and PGD-7 training side by side, on scikit-learn's handwritten digits.
+
+    python examples/quickstart.py
+
+Trains the same small network three times, attacks each, prints a table and draws a picture.
+"""
+
+import argparse
+import copy
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import torch
+from matplotlib import pyplot as plt
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from tqdm import tqdm
+
+from free_adv import FreeAdversarial, ThreatModel, evaluate, pgd
+
+COLOURS = {"natural": "#0072B2", "free": "#D55E00", "pgd-7": "#009E73"}  # Okabe and Ito
+MARKERS = {"natural": "o", "free": "*", "pgd-7": "s"}
+
+
+def data(batch_size: int, seed: int) -> tuple[DataLoader, DataLoader]:
+    """1,437 training and 360 test images of 8x8 pixels in [0, 1]."""
+    images, labels = load_digits(return_X_y=True)
+    x = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
+    y = torch.tensor(labels)
+    parts = train_test_split(x, y, test_size=0.2, stratify=y, random_state=0)
+    x_train, x_test, y_train, y_test = parts
+    data = TensorDataset(x_train, y_train)
+    order = RandomSampler(data, generator=torch.Generator().manual_seed(seed))
+    # The sampler gives whole batches of indices: one look-up each, not one per image.
+    train = DataLoader(data, sampler=BatchSampler(order, batch_size, False), batch_size=None)
+    return train, DataLoader(TensorDataset(x_test, y_test), len(x_test))
+
+
+def network() -> nn.Module:
+    layers: list[nn.Module] = []
+    for channels, width, stride in ((1, 32, 1), (32, 64, 2), (64, 64, 1)):
+        layers += [nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)]
+        layers += [nn.BatchNorm2d(width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, 10))
+
+
+def train(
+    method: str,
+    model: nn.Module,
+    loader: DataLoader,
+    threat: ThreatModel,
+    passes: int,
+    replays: int,
+    lr: float,
+) -> Iterator[None]:
+    """Train, and pause after each natural pass's worth of updates, so that methods can take turns.
+
+    Natural and PGD-7 training make `passes` epochs; Free makes passes/m epochs of m replays.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+    criterion = nn.CrossEntropyLoss()
+    free = FreeAdversarial(optimizer, eps=threat.eps, replays=replays)
+    batches = free.replay(loader) if method == "free" else loader
+    epochs = free.epochs(passes) if method == "free" else passes
+    steps = epochs * len(batches)  # the schedule counts optimizer steps and reaches its end
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    starts = torch.Generator().manual_seed(torch.initial_seed())
+    model.train()
+    done = 0
+    for _ in range(epochs):
+        for x, y in batches:
+            if method == "free":
+                free.step(criterion(model(x), y))
+            else:
+                if method == "pgd-7":
+                    size = threat.eps / 4
+                    x = pgd(model, x, y, threat, steps=7, step_size=size, generator=starts)
+                optimizer.zero_grad()
+                criterion(model(x), y).backward()
+                optimizer.step()
+            schedule.step()
+            done += 1
+            if done % len(loader) == 0:
+                yield
+
+
+def draw(path: Path, rows: list[dict], threat: ThreatModel, loader: DataLoader) -> None:
+    """Accuracy against training time, and digits with the predictions of every model."""
+    x, y = next(iter(loader))
+    x, y = x[:8], y[:8]
+    attacked = rows[0]["model"]
+    x_adv = pgd(attacked, x, y, threat, steps=40)
+    figure = plt.figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.7))
+    axes = left.subplots()
+    for row in rows:
+        name, seconds = row["method"], row["seconds"]
+        style = {
+            "color": COLOURS[name],
+            "marker": MARKERS[name],
+            "markersize": 11,
+            "linestyle": "none",
+        }
+        axes.plot(seconds, 100 * row["robust"], label=name, **style)
+        axes.plot(seconds, 100 * row["clean"], fillstyle="none", **style)
+    axes.set(
+        xscale="log",
+        ylim=(0, 104),
+        xlabel="training time (seconds)",
+        ylabel="test accuracy (%)",
+        title="filled: under PGD-40, hollow: clean",
+    )
+    axes.legend(loc="lower right")
+    axes.grid(alpha=0.3)
+    grid = right.subplots(2, len(x), squeeze=False)
+    for column, (clean, adv, label) in enumerate(zip(x, x_adv, y, strict=True)):
+        for line, image in zip(grid, (clean, adv), strict=True):
+            cell = line[column]
+            cell.imshow(image[0], cmap="gray_r", vmin=0, vmax=1)
+            cell.set(xticks=[], yticks=[])
+            for height, row in enumerate(rows):
+                with torch.no_grad():
+                    guess = row["model"](image[None]).argmax().item()
+                mark = "" if guess == label else " ✗"
+                cell.text(
+                    0.5, -0.14 - 0.2 * height, f"{guess}{mark}",
+                    color=COLOURS[row["method"]], ha="center", va="center", transform=cell.transAxes,
+                )  # fmt: skip
+    grid[0][0].set_ylabel("clean")
+    grid[1][0].set_ylabel("perturbed")
+    right.suptitle(f"predictions; perturbed against natural, eps {threat.eps:g}", fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--passes", type=int, default=40, help="natural passes over the data: the cost"
+    )
+    parser.add_argument("--replays", type=int, default=8, help="the paper's m")
+    parser.add_argument("--eps", type=float, default=0.15, help="linf radius, images are in [0, 1]")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=0.1, help="peak of the OneCycle schedule")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--autoattack", action="store_true", help="AutoAttack too: minutes on a CPU"
+    )
+    parser.add_argument("--fast", action="store_true", help="8 passes, to see that it runs")
+    parser.add_argument("--out", type=Path, default=Path("quickstart.png"), help="the picture")
+    args = parser.parse_args()
+    passes = 8 if args.fast else args.passes
+
+    threat = ThreatModel(args.eps)
+    torch.manual_seed(args.seed)
+    initial = network()
+
+    def begin(method: str) -> tuple[nn.Module, Iterator[None]]:
+        model = copy.deepcopy(initial)
+        loader, _ = data(args.batch_size, args.seed)
+        settings = threat, passes, args.replays, args.lr
+        return model, train(method, model, loader, *settings)
+
+    methods = list(COLOURS)
+    for method in methods:  # the first pass of a process is slow: let it not count
+        next(begin(method)[1])
+    runs = {method: begin(method) for method in methods}
+    seconds = dict.fromkeys(methods, 0.0)
+    turns = passes + (-passes) % args.replays
+    with tqdm(total=turns, unit="pass", leave=False) as bar:
+        for _ in range(turns):
+            for method, (_, training) in runs.items():
+                bar.set_description(f"train {method}")
+                start = time.perf_counter()
+                next(training, None)
+                seconds[method] += time.perf_counter() - start
+            bar.update()
+
+    rows: list[dict] = []
+    _, test = data(args.batch_size, args.seed)
+    for method, (model, _) in runs.items():
+        result = evaluate(model, test, threat, steps=40)
+        row = {"method": method, "seconds": seconds[method], "model": model.eval()}
+        row |= {"clean": result.clean, "robust": result.robust}
+        if args.autoattack:
+            row["autoattack"] = evaluate(model, test, threat, attack="autoattack").robust
+        rows.append(row)
+
+    extra = f"{'AutoAttack':>12}" if args.autoattack else ""
+    print(f"{'method':<10}{'seconds':>9}{'relative':>10}{'clean':>9}{'PGD-40':>9}{extra}")
+    for row in rows:
+        relative = row["seconds"] / rows[0]["seconds"]
+        extra = f"{row['autoattack']:>12.1%}" if args.autoattack else ""
+        print(
+            f"{row['method']:<10}{row['seconds']:>9.1f}{relative:>9.2f}x"
+            f"{row['clean']:>9.1%}{row['robust']:>9.1%}{extra}"
+        )
+    print(
+        f"\ndigits, {result.count} test images, linf eps {args.eps:g}, PGD-40 with 1 random start, "
+        f"free: m={args.replays}, {passes} passes, seed {args.seed}, torch {torch.__version__}"
+    )
+    draw(args.out, rows, threat, test)
+    print(f"picture: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,9 @@
+"""Fixtures shared by all tests."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,161 @@
+"""PGD against an independent implementation; what an evaluation reports and leaves untouched."""
+
+import sys
+import warnings
+
+import foolbox
+import pytest
+import torch
+from torch import nn
+
+from free_adv import ThreatModel, evaluate, pgd
+from tests.reference import batches, network
+
+
+def batch_norm_network():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(150, 4))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_pgd_agrees_with_foolbox(norm, normalised):
+    mean, std = ((0.4, 0.6), (0.2, 0.3)) if normalised else (None, None)
+    threat = ThreatModel(0.1 if norm == "linf" else 0.7, norm, mean=mean, std=std)
+    model = network(torch.float64)
+    x, y = batches((16,), torch.float64)[0]
+    inputs = threat.from_pixels(x, x.dtype)
+    ours = pgd(model, inputs, y, threat, steps=12, step_size=threat.eps / 4, random_start=False)
+
+    kind = {"linf": foolbox.attacks.LinfPGD, "l2": foolbox.attacks.L2PGD}[norm]
+    attack = kind(abs_stepsize=threat.eps / 4, steps=12, random_start=False)
+    preprocessing = {"mean": mean, "std": std, "axis": -3} if normalised else None
+    if normalised:
+        preprocessing = {**preprocessing, "mean": torch.tensor(mean), "std": torch.tensor(std)}
+        preprocessing = {k: v.double() if k != "axis" else v for k, v in preprocessing.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = foolbox.PyTorchModel(
+            model.eval(), (0, 1), device="cpu", preprocessing=preprocessing
+        )
+        _, clipped, _ = attack(theirs, x, y, epsilons=threat.eps)
+    torch.testing.assert_close(threat.to_pixels(ours), clipped, atol=1e-6, rtol=0)
+    assert not torch.equal(ours, inputs)
+
+
+def test_more_restarts_never_find_less():
+    model, (x, y) = network(), batches((64,))[0]
+    threat = ThreatModel(0.02)
+    right = []
+    for restarts in (1, 3, 8):
+        generator = torch.Generator().manual_seed(1)
+        x_adv = pgd(model, x, y, threat, steps=2, restarts=restarts, generator=generator)
+        right.append((model(x_adv).argmax(1) == y).sum().item())
+    assert right == sorted(right, reverse=True)
+
+
+def test_the_same_call_gives_the_same_examples_and_a_generator_new_ones():
+    model, (x, y) = network(), batches()[0]
+    threat = ThreatModel(0.1)
+    assert torch.equal(pgd(model, x, y, threat, steps=1), pgd(model, x, y, threat, steps=1))
+    g = torch.Generator().manual_seed(3)
+    first, second = (pgd(model, x, y, threat, steps=1, generator=g) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+def careless(model, x, y):
+    """An attack that does what attacks should not: gradients on weights, draws from the global state."""
+    model.zero_grad()
+    nn.functional.cross_entropy(model(x), y).backward()
+    return (x + 0.05 * torch.rand_like(x)).clamp(0, 1)
+
+
+@pytest.mark.parametrize("attack", ["pgd", None, careless])
+def test_the_model_is_left_as_it_was_found(attack):
+    model = batch_norm_network()
+    model[1].eval()  # a mode of its own in the middle of a model in training
+    x, y = batches((8,))[0]
+    nn.functional.cross_entropy(model(x), y).backward()
+    modes = [m.training for m in model.modules()]
+    grads = [p.grad.clone() for p in model.parameters()]
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    random = torch.get_rng_state()
+    with torch.no_grad():  # an attack needs gradients even where the caller has none
+        if attack == "pgd":
+            pgd(model, x, y, ThreatModel(0.1), steps=2, restarts=2)
+        else:
+            evaluate(model, [(x, y)], ThreatModel(0.1), steps=2, attack=attack, progress=False)
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
+    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_the_mode_comes_back_after_an_attack_that_raises():
+    model = batch_norm_network()
+
+    def broken(model, x, y):
+        raise OSError("no attack today")
+
+    with pytest.raises(OSError, match="today"):
+        evaluate(model, batches(), ThreatModel(0.1), attack=broken, progress=False)
+    assert all(m.training for m in model.modules())
+
+
+def test_the_result_counts_images_and_names_the_attack():
+    model = network()
+    right = sum((model(x).argmax(1) == y).sum().item() for x, y in batches())
+    threat = ThreatModel(8 / 255)
+    result = evaluate(model, batches(), threat, steps=3, restarts=2)
+    assert result.count == 19
+    assert result.clean == right / 19
+    assert result.robust <= result.clean
+    for phrase in ("PGD steps=3 restarts=2", "linf eps=8/255", "19 images", f"{right / 19:.2%}"):
+        assert phrase in str(result)
+    assert "\n" not in str(result)
+    assert result == evaluate(model, batches(), threat, steps=3, restarts=2, progress=False)
+
+
+def too_far(model, x, y):
+    return (x + 0.3).clamp(0, 1)
+
+
+def out_of_bounds(model, x, y):
+    return x + 0.1
+
+
+def test_an_attack_that_leaves_the_threat_model_is_refused():
+    with pytest.raises(ValueError, match=r"too_far moved an input by 0.3 in linf, but eps is 0.1"):
+        evaluate(network(), batches(), ThreatModel(0.1), attack=too_far, progress=False)
+    with pytest.raises(ValueError, match=r"out_of_bounds left bounds \(0.0, 1.0\)"):
+        evaluate(network(), batches(), ThreatModel(0.1), attack=out_of_bounds, progress=False)
+
+
+def test_autoattack_works_in_the_units_of_the_loader():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(50, 10))
+    x = torch.rand(12, 2, 5, 5)
+    y = model((x - 0.5) / 0.25).argmax(1)
+    threat = ThreatModel(0.02, mean=0.5, std=0.25)
+    result = evaluate(model, [((x - 0.5) / 0.25, y)], threat, attack="autoattack", progress=False)
+    assert result.clean == 1
+    assert result.robust < 1
+    assert "AutoAttack standard" in str(result)
+
+
+def test_what_is_missing_for_an_evaluation_is_named(monkeypatch):
+    model, threat = network(), ThreatModel(0.1)
+    with pytest.raises(ValueError, match="loader is empty"):
+        evaluate(model, [], threat, progress=False)
+    with pytest.raises(ValueError, match=r"must yield \(x, y\), got a dict"):
+        evaluate(model, [{"x": 1}], threat, progress=False)
+    with pytest.raises(ValueError, match="'autoattack' or callable, got 'pgd'"):
+        evaluate(model, batches(), threat, attack="pgd")
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        evaluate(model, batches(), threat, steps=0, progress=False)
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    with pytest.raises(ImportError, match=r"pip install 'free-adv\[eval\]'"):
+        evaluate(model, batches(), threat, attack="autoattack")
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    assert evaluate(model, batches(), threat, steps=1).count == 19

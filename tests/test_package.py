@@ -1,0 +1,45 @@
+"""What is public, what is typed and what the files say about each other."""
+
+import re
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import free_adv
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_public_names_are_these():
+    assert free_adv.__all__ == ["FreeAdversarial", "ThreatModel", "__version__", "evaluate", "pgd"]
+    assert all(getattr(free_adv, name).__doc__ for name in free_adv.__all__)
+
+
+def test_the_package_is_typed_and_its_modules_are_short():
+    assert (ROOT / "free_adv/py.typed").exists()
+    for module in (ROOT / "free_adv").glob("*.py"):
+        assert len(module.read_text(encoding="utf-8").splitlines()) <= 220, module.name
+
+
+def test_torch_is_the_only_package_that_an_import_brings_in():
+    code = (
+        "import sys, torch; before = set(sys.modules); import free_adv; "
+        "new = {m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names); "
+        "print(sorted(new - {'torch', 'free_adv'}))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_no_setting_stands_in_both_pyproject_and_setup_cfg():
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[tool.")[0]
+    keys = set(re.findall(r"^([\w-]+) =", project, re.M))
+    assert not keys & {key for section in setup.sections() for key in setup[section]}
+
+
+def test_changelog_and_version_agree():
+    changelog = (ROOT / "docs/changelog.md").read_text(encoding="utf-8")
+    assert f"## {free_adv.__version__}" in changelog
