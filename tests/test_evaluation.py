@@ -137,7 +137,7 @@ def test_autoattack_works_in_the_units_of_the_loader():
     model = nn.Sequential(nn.Flatten(), nn.Linear(50, 10))
     x = torch.rand(12, 2, 5, 5)
     y = model((x - 0.5) / 0.25).argmax(1)
-    threat = ThreatModel(0.02, mean=0.5, std=0.25)
+    threat = ThreatModel(0.2, mean=0.5, std=0.25)
     result = evaluate(model, [((x - 0.5) / 0.25, y)], threat, attack="autoattack", progress=False)
     assert result.clean == 1
     assert result.robust < 1
