@@ -44,7 +44,7 @@ class Flight:
         return self.newest
 
     def settle(self) -> None:
-        """Take in the gradients of a finished replay, as the loop's last `break` left them."""
+        """Take in the gradients that a loop has left by its last backward pass, before a `break`."""
         if self.minibatch is not None and self.minibatch.finished:
             self.minibatch.take_in()
 

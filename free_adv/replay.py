@@ -31,22 +31,18 @@ class Replay:
         flight = self._flight
         me = flight.open()
         loader = iter(self._loader)
-        try:
-            while minibatch := flight.minibatch or self._read(loader):
-                flight.minibatch = minibatch
-                while minibatch.done < flight.replays:
-                    yield minibatch.perturbed()
-                    if flight.newest is not me:
-                        raise RuntimeError(
-                            "this replay was replaced by a newer one of the same FreeAdversarial: "
-                            "iterate the newest, and give loops that run side by side one object each"
-                        )
-                    if minibatch.complete:
-                        minibatch.take_in()
-                flight.minibatch = None
-        finally:
-            if flight.newest is me:
-                flight.settle()
+        while minibatch := flight.minibatch or self._read(loader):
+            flight.minibatch = minibatch
+            while minibatch.done < flight.replays:
+                yield minibatch.perturbed()
+                if flight.newest is not me:
+                    raise RuntimeError(
+                        "this replay was replaced by a newer one of the same FreeAdversarial: "
+                        "iterate the newest, and give loops that run side by side one object each"
+                    )
+                if minibatch.complete:
+                    minibatch.take_in()
+            flight.minibatch = None
 
     def __getattr__(self, name: str) -> Any:
         if name in ("_flight", "_loader"):  # not set up yet: copy and pickle look here first

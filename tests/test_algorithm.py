@@ -191,6 +191,17 @@ def test_delta_is_carried_and_survives_a_short_last_batch():
     assert torch.equal(free.state_dict()["delta"][0][3:], before[3:])
 
 
+def test_a_buffer_that_grows_keeps_its_rows_and_starts_the_new_ones_at_zero():
+    model = network()
+    free = FreeAdversarial(sgd(model), eps=0.1, replays=2)
+    train(model, free, batches((3,)))
+    before = free.delta
+    next(iter(free.replay(batches((8,)))))
+    assert torch.equal(free.delta[:3], before)
+    assert (before != 0).any()
+    assert (free.delta[3:] == 0).all()
+
+
 def test_each_resolution_has_its_own_delta_and_grows_to_its_largest_batch():
     model = torch.nn.Sequential(
         torch.nn.Conv2d(2, 3, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()

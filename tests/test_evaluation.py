@@ -66,7 +66,6 @@ def test_the_same_call_gives_the_same_examples_and_a_generator_new_ones():
 
 def careless(model, x, y):
     """An attack that does what attacks should not: gradients on weights, draws from the global state."""
-    model.zero_grad()
     nn.functional.cross_entropy(model(x), y).backward()
     return (x + 0.05 * torch.rand_like(x)).clamp(0, 1)
 

@@ -211,16 +211,14 @@ def test_a_loader_with_workers_trains_as_one_without():
 
 
 def test_device_moves_every_tensor_of_the_batch():
-    free = FreeAdversarial(
-        eps=0.1, device="meta", key="x"
-    )  # a second device that every machine has
-    free._flight.perturbation.load(
-        [torch.zeros(2, 2, 5, 5)]
-    )  # seen before: meta has no values to check
+    # meta is a second device that every machine has; it holds no values, so its shape was seen before.
+    free = FreeAdversarial(eps=0.1, device="meta", key="x")
+    free._flight.perturbation.load([torch.zeros(6, 2, 5, 5)])
     batch = {"x": torch.rand(2, 2, 5, 5), "y": [torch.zeros(2)], "name": "a"}
     fresh = next(iter(free.replay([batch])))
     assert fresh["x"].device.type == fresh["y"][0].device.type == "meta"
     assert free.delta.device.type == "meta"
+    assert free.state_dict()["delta"][0].shape == (6, 2, 5, 5)
 
 
 # Loops that end early.
