@@ -44,15 +44,32 @@ def test_pgd_agrees_with_foolbox(norm, normalised):
     assert not torch.equal(ours, inputs)
 
 
-def test_more_restarts_never_find_less():
+def test_restarts_keep_the_worst_of_their_starts():
     model, (x, y) = network(), batches((64,))[0]
-    threat = ThreatModel(0.02)
-    right = []
-    for restarts in (1, 3, 8):
-        generator = torch.Generator().manual_seed(1)
-        x_adv = pgd(model, x, y, threat, steps=2, restarts=restarts, generator=generator)
-        right.append((model(x_adv).argmax(1) == y).sum().item())
-    assert right == sorted(right, reverse=True)
+    arguments = {"threat": ThreatModel(0.1), "steps": 1, "step_size": 0.001}
+    generator = torch.Generator().manual_seed(1)
+    single = [pgd(model, x, y, **arguments, generator=generator) for _ in range(4)]
+    survives = [model(x_adv).argmax(1) == y for x_adv in single]
+    generator.manual_seed(1)
+    together = pgd(model, x, y, **arguments, restarts=4, generator=generator)
+    expected = torch.stack(survives).all(0)
+    assert torch.equal(model(together).argmax(1) == y, expected)
+    losses = [nn.functional.cross_entropy(model(x_adv), y, reduction="none") for x_adv in single]
+    worst = torch.stack(losses).max(0).values[expected]
+    assert not torch.equal(losses[-1][expected], worst)  # the last start alone is not the worst
+    kept = nn.functional.cross_entropy(model(together), y, reduction="none")[expected]
+    torch.testing.assert_close(kept, worst)
+
+
+def helpful(model, x, y):
+    x = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), x)
+    return (x - 0.1 * grad.sign()).clamp(0, 1)
+
+
+def test_an_image_that_the_model_had_wrong_is_never_counted_as_robust():
+    result = evaluate(network(), batches(), ThreatModel(0.1), attack=helpful, progress=False)
+    assert 0 < result.robust == result.clean < 1
 
 
 def test_the_same_call_gives_the_same_examples_and_a_generator_new_ones():
@@ -73,7 +90,7 @@ def careless(model, x, y):
 @pytest.mark.parametrize("attack", ["pgd", None, careless])
 def test_the_model_is_left_as_it_was_found(attack):
     model = batch_norm_network()
-    model[1].eval()  # a mode of its own in the middle of a model in training
+    model[3].eval()  # a mode of its own in the middle of a model in training
     x, y = batches((8,))[0]
     nn.functional.cross_entropy(model(x), y).backward()
     modes = [m.training for m in model.modules()]
