@@ -1,0 +1,83 @@
+"""What a replay costs beside the training itself: no waiting for the device, no further copies."""
+
+import gc
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from free_adv import FreeAdversarial
+from tests.reference import batches, network
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "normalised"])
+def test_after_the_first_replay_no_value_is_read_and_no_constant_is_made(norm, scaled):
+    scale = {"mean": (0.4, 0.5), "std": (0.2, 0.3)} if scaled else {}
+    model = network()
+    free = FreeAdversarial(
+        torch.optim.SGD(model.parameters(), 0.1), eps=0.1, norm=norm, replays=3, **scale
+    )
+    replay = iter(free.replay(batches((4, 4))))
+    x, y = next(replay)
+    free.step(functional.cross_entropy(model(x), y))
+    with Operators() as operators:
+        for x, y in replay:
+            free.step(functional.cross_entropy(model(x), y))
+    assert "sign" in operators.names or norm == "l2"
+    assert "convolution_backward" in operators.names
+    # Reading a value makes the host wait for a GPU; so does copying a constant from the host.
+    assert not {"_local_scalar_dense", "is_nonzero", "lift_fresh"} & set(operators.names)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_no_step_waits_for_it():
+    model = network().cuda()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    free = FreeAdversarial(optimizer, eps=0.1, device="cuda", mean=0.5, std=0.2)
+    replay = iter(free.replay(batches((4,))))
+    x, y = next(replay)
+    free.step(functional.cross_entropy(model(x), y))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            x, y = next(replay)
+            free.step(functional.cross_entropy(model(x), y))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_replay_adds_delta_its_gradient_and_one_copy_of_the_input():
+    clean = torch.rand(3, 7, 11, 13)
+    weight = torch.ones((), requires_grad=True)
+    free = FreeAdversarial(eps=0.1, replays=3)
+
+    def alive():
+        gc.collect()
+        tensors = [
+            t for t in gc.get_objects() if type(t) is torch.Tensor and t.shape == clean.shape
+        ]
+        return {t.untyped_storage().data_ptr() for t in tensors}
+
+    before = alive()
+    for (x,) in free.replay([(clean,)]):
+        (x * weight).sum().backward()
+        grad = free._flight.minibatch.leaves[0].grad
+        delta = next(iter(free._flight.perturbation.buffers.values()))
+        new = alive() - before
+        expected = (t.untyped_storage().data_ptr() for t in (delta, grad, x))
+        assert new == set(expected)
+        del x, grad, delta
