@@ -1,7 +1,17 @@
-"""Fixtures shared by all tests."""
+"""Settings and fixtures shared by all tests."""
 
+import hypothesis
 import pytest
 import torch
+
+# Machines are noisy: how long an example takes is no property of the code.
+hypothesis.settings.register_profile(
+    "free-adv",
+    parent=hypothesis.settings(),
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("free-adv")
 
 
 @pytest.fixture(autouse=True)
