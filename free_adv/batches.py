@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Path = tuple[int | str, ...]
@@ -78,6 +80,43 @@ def tree_map(fn: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, list | tuple):
         return _like(value, [tree_map(fn, v) for v in value])
     return value
+
+
+def length(batch: Any) -> int:
+    """How many samples a batch has: the length of its first tensor, 1 if there is none."""
+    lengths: list[int] = []
+
+    def note(t: Tensor) -> Tensor:
+        lengths.append(len(t) if t.ndim else 1)
+        return t
+
+    tree_map(note, batch)
+    return lengths[0] if lengths else 1
+
+
+def move(batch: Any, device: torch.device) -> Any:
+    """`batch` with its tensors on `device`; pinned memory is copied beside the work that is queued there."""
+    stream = _stream(device)
+    asynchronous = device.type != "cpu"  # a copy to the host must have arrived when it is read
+    with torch.cuda.stream(stream):
+        batch = tree_map(lambda t: t.to(device, non_blocking=asynchronous), batch)
+    if stream is not None:
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(stream)
+
+        def keep(t: Tensor) -> Tensor:
+            t.record_stream(current)  # its memory is not given away before the replays have used it
+            return t
+
+        tree_map(keep, batch)
+    return batch
+
+
+@functools.lru_cache
+def _stream(device: torch.device) -> torch.cuda.Stream | None:
+    if device.type != "cuda":
+        return None
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _like(value: Any, items: list[Any]) -> Any:

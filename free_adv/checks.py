@@ -36,6 +36,14 @@ def count(name: str, value: Any) -> int:
     return operator.index(value)
 
 
+def scalar(name: str, value: Any) -> None:
+    """Refuse what is not a tensor with one element."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.numel() != 1:
+        raise ValueError(f"{name} must be a scalar, got {describe(value)}; take its mean()")
+
+
 def inside(pixels: Tensor, bounds: tuple[float, float] | None, what: str) -> None:
     """Refuse pixels that are not finite, or that as a whole are not what `bounds` says."""
     low, high = (float(v) for v in pixels.aminmax())

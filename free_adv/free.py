@@ -6,30 +6,30 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from free_adv.batches import as_path
-from free_adv.checks import count, describe, positive
+from free_adv.checks import count, positive, scalar
+from free_adv.inside import attach
 from free_adv.minibatch import CURES, Flight
 from free_adv.optimizers import Optimizers
 from free_adv.perturbation import Perturbation
 from free_adv.replay import Replay
 from free_adv.threat import ThreatModel
 
+PIXELS = (0.0, 1.0)  # the default of `bounds`: an output perturbed `at` a module has no such range
+
 
 class FreeAdversarial:
     """Adversarial training at the cost of natural training, inside your own loop.
 
-    It sits beside the optimizer, as `torch.amp.GradScaler` does.
-    Every minibatch is replayed *m* times. The one backward pass of a replay moves the weights down and
-    the perturbation `delta` up, and delta is carried from minibatch to minibatch: Algorithm 1 of
-    "Adversarial Training for Free!" (Shafahi et al. 2019, arXiv 1904.12843). Divide the number of
-    epochs by *m*, with `epochs`, and the cost is that of natural training.
-
-    A loop with a backward pass of its own needs only `replay`: the iterator takes in the gradient that
-    the backward pass has left when it moves on.
+    It sits beside the optimizer, as `torch.amp.GradScaler` does. Every minibatch is replayed *m* times.
+    The one backward pass of a replay moves the weights down and `delta` up, and delta is carried from
+    minibatch to minibatch: Algorithm 1 of "Adversarial Training for Free!" (Shafahi et al. 2019, arXiv
+    1904.12843). Divide the number of epochs by *m*, with `epochs`, and the cost is that of natural
+    training. A loop with a backward pass of its own needs only `replay`, which takes in its gradient.
 
     Args:
         optimizer: The optimizer that `step` drives, or several. None for a loop that steps by itself.
@@ -38,7 +38,8 @@ class FreeAdversarial:
             and 4 on ImageNet.
         step_size: Length of an ascent step in pixel units. None means `eps`, as in the paper.
         norm: "linf" or "l2" (per sample).
-        bounds: Lowest and highest valid pixel, before any normalisation; None for no range.
+        bounds: Lowest and highest valid pixel, before any normalisation; None for no range. With `at` the
+            default is None.
         mean: The mean that the loader has subtracted, per channel; None if it does not normalise.
         std: The standard deviation that the loader has divided by, per channel.
         start: How delta begins a minibatch: "carry" keeps that of the last one, as in the paper;
@@ -49,6 +50,8 @@ class FreeAdversarial:
         key: Where in a batch the input is: an index, a name, or a tuple of them for nested batches.
             A batch that is a tensor is the input itself.
         device: Where to move the tensors of a batch, once for all its replays. None leaves them.
+        at: A module whose *output*, one tensor of shape (N, ...), is perturbed in place of the input: an
+            embedding layer for text, the layer that makes floats of uint8 images. `eps` is in its units.
 
     Attributes:
         threat: The `ThreatModel` that `eps`, `norm`, `bounds`, `mean` and `std` make.
@@ -79,7 +82,7 @@ class FreeAdversarial:
         replays: int = 4,
         step_size: float | None = None,
         norm: str = "linf",
-        bounds: Iterable[float] | None = (0.0, 1.0),
+        bounds: Iterable[float] | None = PIXELS,
         mean: float | Iterable[float] | None = None,
         std: float | Iterable[float] | None = None,
         start: str = "carry",
@@ -88,7 +91,9 @@ class FreeAdversarial:
         accumulate: int = 1,
         key: int | str | tuple[int | str, ...] = 0,
         device: torch.device | str | int | None = None,
+        at: nn.Module | None = None,
     ) -> None:
+        bounds = None if at is not None and bounds is PIXELS else bounds
         self.threat = ThreatModel(eps, norm, bounds, mean, std)
         if start not in ("carry", "zero", "uniform"):
             raise ValueError(f"start must be 'carry', 'zero' or 'uniform', got {start!r}")
@@ -100,7 +105,10 @@ class FreeAdversarial:
             accumulate=count("accumulate", accumulate),
             path=as_path(key),
             device=None if device is None else torch.device(device),
+            inside=at is not None,
         )
+        if at is not None:
+            attach(at, self._flight)
 
     def replay(self, loader: Iterable[Any]) -> Replay:
         """Wrap a loader so that each minibatch comes *m* times, its input perturbed by delta.
@@ -140,23 +148,15 @@ class FreeAdversarial:
             ValueError: `loss` is not a scalar.
         """
         minibatch = self._flight.minibatch
-        if not self._optimizers.all:
-            raise RuntimeError(
-                "step() needs an optimizer: FreeAdversarial(optimizer, eps=...), or call "
-                "loss.backward() and optimizer.step() yourself"
-            )
-        if minibatch is None or minibatch.waiting is None:
+        self._optimizers.demand()
+        if minibatch is None or (index := minibatch.waiting) is None:
             raise RuntimeError(
                 "step() expects one call for each batch of replay(): call it once inside "
                 "`for x, y in free.replay(loader):`"
             )
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"loss must be a tensor, got {type(loss).__name__}")
-        if loss.numel() != 1:
-            raise ValueError(f"loss must be a scalar, got {describe(loss)}; take its mean()")
+        scalar("loss", loss)
         if not loss.requires_grad:
             raise RuntimeError(f"the loss has no graph to go backward through.\n{CURES}")
-        index = minibatch.waiting
         if index == 0:
             self._optimizers.zero_grad()
         if len(minibatch.batches) > 1:
@@ -164,7 +164,7 @@ class FreeAdversarial:
         self._optimizers.backward(loss)
         if minibatch.waiting == index:
             raise RuntimeError(f"the input received no gradient from this loss.\n{CURES}")
-        if minibatch.finished:
+        if index == len(minibatch.batches) - 1:
             minibatch.take_in()
             self._optimizers.step()
 
@@ -181,7 +181,7 @@ class FreeAdversarial:
 
     @property
     def clean(self) -> Tensor | None:
-        """A copy of the latest batch's input without delta, for losses such as TRADES; None before it."""
+        """A copy of the latest batch's input (output of `at`) without delta, for losses such as TRADES."""
         return None if self._flight.latest is None else self._flight.latest[0].detach().clone()
 
     def state_dict(self) -> dict[str, Any]:

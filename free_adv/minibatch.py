@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from free_adv.batches import Path, find, put, tree_map
+from free_adv.batches import Path, find, length, put, tree_map
 from free_adv.perturbation import Perturbation, Rows
+from free_adv.slot import Slot
 
 CURES = """\
 Each batch that replay() yields needs one backward pass through its input. Look for:
@@ -17,7 +18,8 @@ Each batch that replay() yields needs one backward pass through its input. Look 
 - a forward pass under torch.no_grad(): move it out;
 - an input cut off from its graph (x.detach(), x.data, torch.tensor(x)): give the model x itself;
 - a wrapper round the replay that takes batches ahead: wrap it the other way, free.replay(wrapper);
-- several batches per optimizer step: pass FreeAdversarial(..., accumulate=<that number>)."""
+- several batches per optimizer step: pass FreeAdversarial(..., accumulate=<that number>);
+- with at=module: a forward pass without that module, by a copy of it, or with it in eval mode."""
 
 
 @dataclasses.dataclass
@@ -29,6 +31,7 @@ class Flight:
     accumulate: int
     path: Path
     device: torch.device | None
+    inside: bool = False  # delta belongs to the output of a module, not to the input
     minibatch: Minibatch | None = None
     resumed: bool = False  # the minibatch comes from a state and waits for the next iterator
     newest: object = None  # the iterator that may go on
@@ -45,7 +48,7 @@ class Flight:
 
     def settle(self) -> None:
         """Take in the gradients that a loop has left by its last backward pass, before a `break`."""
-        if self.minibatch is not None and self.minibatch.finished:
+        if self.minibatch is not None:
             self.minibatch.take_in()
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,81 +108,87 @@ class Minibatch:
     Attributes:
         batches: What the loader gave, on the device of the training.
         done: How many replays have been taken in.
-        leaves: For each batch that this replay has yielded so far, the tensor that gets its gradient.
+        slots: The batches that were yielded since, in that order. A consumer may take as many as
+            `accumulate` before it trains on them, so after a short group they may be several replays'.
     """
 
     def __init__(self, flight: Flight, batches: list[Any], done: int = 0) -> None:
         self.flight = flight
         self.batches = batches
         self.done = done
-        self.leaves: list[Tensor] = []
-        self.inputs = [find(batch, flight.path) for batch in batches]
-        self.rows = flight.perturbation.place(self.inputs)
+        self.slots: list[Slot] = []
+        self.inputs: list[Tensor] = []
+        self.rows: list[Rows] = []
+        if not flight.inside:
+            self.inputs = [find(batch, flight.path) for batch in batches]
+            for x in self.inputs:
+                self.rows.append(flight.perturbation.place(x, self.rows))
 
     @property
-    def complete(self) -> bool:
-        """Whether this replay has yielded all its batches."""
-        return len(self.leaves) == len(self.batches)
-
-    @property
-    def finished(self) -> bool:
-        """Whether all the batches of this replay have their gradient."""
-        return self.complete and self.waiting is None
+    def left(self) -> bool:
+        """Whether there are batches to yield."""
+        return self.done * len(self.batches) + len(self.slots) < self.flight.replays * len(
+            self.batches
+        )
 
     @property
     def waiting(self) -> int | None:
         """Index of the first yielded batch that has no gradient yet."""
-        return next((i for i, leaf in enumerate(self.leaves) if leaf.grad is None), None)
+        return next((i for i, slot in enumerate(self.slots) if slot.waiting), None)
 
     def share(self, index: int) -> float:
         """Weight of one batch's mean in the mean over the minibatch."""
-        total = sum(len(x) for x in self.inputs)
-        return len(self.inputs[index]) / total if total else 1.0
+        sizes = [len(x) for x in self.inputs] or [length(batch) for batch in self.batches]
+        return sizes[index] / sum(sizes) if sum(sizes) else 1.0
 
-    def perturbed(self) -> Any:
+    def next(self) -> Any:
         """The next batch of this replay in fresh containers, the perturbed input in its place."""
-        index = len(self.leaves)
-        batch, x, rows = self.batches[index], self.inputs[index], self.rows[index]
-        with torch.no_grad():
-            moved = self.flight.perturbation.perturb(x, rows)
-        leaf = moved.detach().requires_grad_()
-        with torch.enable_grad():
-            moved = _Tap.apply(leaf, moved)
-        self.leaves.append(leaf)
-        self.flight.latest = (x, rows)
-        fresh = tree_map(lambda t: t if t is x else t.clone(), batch)
-        return put(fresh, self.flight.path, moved)
+        index = len(self.slots) % len(self.batches)
+        batch, slot = self.batches[index], Slot()
+        self.slots.append(slot)
+        if self.flight.inside:
+            return tree_map(Tensor.clone, batch)
+        x = self.inputs[index]
+        self.flight.latest = (x, self.rows[index])
+        moved = slot.perturb(self.flight.perturbation, x.detach(), self.rows[index])
+        return put(tree_map(lambda t: t if t is x else t.clone(), batch), self.flight.path, moved)
+
+    def inside(self, output: Tensor) -> Tensor:
+        """`output` of the module `at`, moved by the delta of the first batch that waits for a gradient."""
+        perturbation = self.flight.perturbation
+        index = self.waiting
+        if index is None:
+            return output
+        slot, first = self.slots[index], index - index % len(self.batches)
+        peers = [rows for peer in self.slots[first:index] for rows in peer.leaves]
+        rows = perturbation.place(output, peers)
+        if rows not in slot.leaves and self.done == first == 0:
+            perturbation.begin([rows])
+        self.flight.latest = (output.detach(), rows)
+        return slot.perturb(perturbation, output, rows)
 
     def take_in(self) -> None:
-        """Move delta along the gradients of this replay.
+        """Move delta along the gradients of all replays that have received theirs."""
+        size = len(self.batches)
+        while len(self.slots) >= size and not any(slot.waiting for slot in self.slots[:size]):
+            with torch.no_grad():
+                for slot in self.slots[:size]:
+                    slot.ascend(self.flight.perturbation)
+            del self.slots[:size]
+            self.done += 1
+
+    def demand(self) -> None:
+        """Take in what has arrived.
 
         Raises:
-            RuntimeError: A batch of this replay has received no gradient.
+            RuntimeError: A gradient has not arrived that must have.
         """
-        grads = [leaf.grad for leaf in self.leaves if leaf.grad is not None]
-        if len(grads) < len(self.leaves):
+        self.take_in()
+        size, allowed = len(self.batches), self.flight.accumulate
+        full = size == allowed and len(self.slots) == size
+        late = sum(slot.waiting for slot in self.slots) >= allowed
+        if self.slots and (full or late or not self.left):
             raise RuntimeError(
                 f"replay {self.done + 1} of {self.flight.replays} received no gradient, so delta "
                 f"cannot move and training would not be adversarial.\n{CURES}"
             )
-        with torch.no_grad():
-            for rows, grad in zip(self.rows, grads, strict=True):
-                self.flight.perturbation.ascend(rows, grad)
-        self.leaves.clear()
-        self.done += 1
-
-
-class _Tap(torch.autograd.Function):
-    """Makes `x` a non-leaf whose gradient arrives on `leaf`, without a copy.
-
-    `x` may then be changed in place, as Mixup and normalisation do, which a leaf may not.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, leaf: Tensor, x: Tensor) -> Tensor:
-        ctx.mark_dirty(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None

@@ -28,6 +28,14 @@ class Optimizers:
         self.scaler = scaler
         self.max_norm = None if max_grad_norm is None else positive("max_grad_norm", max_grad_norm)
 
+    def demand(self) -> None:
+        """Refuse to go on without an optimizer."""
+        if not self.all:
+            raise RuntimeError(
+                "step() needs an optimizer: FreeAdversarial(optimizer, eps=...), or call "
+                "loss.backward() and optimizer.step() yourself"
+            )
+
     def zero_grad(self) -> None:
         """Forget the gradients of all parameters."""
         for optimizer in self.all:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,19 +35,15 @@ class Perturbation:
         self.start = start
         self.buffers: dict[Key, Tensor] = {}
 
-    def place(self, xs: Sequence[Tensor]) -> list[Rows]:
-        """Assign rows to the batches of one minibatch: side by side where they share a sample shape."""
-        rows: list[Rows] = []
-        used: dict[Key, int] = {}
-        for x in xs:
-            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-            key = (tuple(x.shape[1:]), dtype)
-            if key not in self.buffers:
-                self.threat.check(x)
-            first = used.get(key, 0)
-            rows.append(Rows(key, first, first + len(x)))
-            used[key] = first + len(x)
-            self._fit(key, x, used[key])
+    def place(self, x: Tensor, before: Iterable[Rows] = ()) -> Rows:
+        """Assign rows to a batch, behind those of its minibatch that share its sample shape."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        key = (tuple(x.shape[1:]), dtype)
+        if key not in self.buffers:
+            self.threat.check(x)
+        start = max((rows.stop for rows in before if rows.key == key), default=0)
+        rows = Rows(key, start, start + len(x))
+        self._fit(key, x, rows.stop)
         return rows
 
     def begin(self, rows: Sequence[Rows]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from free_adv.batches import tree_map
+from free_adv.batches import move
 from free_adv.minibatch import Flight, Minibatch
 
 
@@ -31,18 +31,21 @@ class Replay:
         flight = self._flight
         me = flight.open()
         loader = iter(self._loader)
-        while minibatch := flight.minibatch or self._read(loader):
-            flight.minibatch = minibatch
-            while minibatch.done < flight.replays:
-                yield minibatch.perturbed()
-                if flight.newest is not me:
-                    raise RuntimeError(
-                        "this replay was replaced by a newer one of the same FreeAdversarial: "
-                        "iterate the newest, and give loops that run side by side one object each"
-                    )
-                if minibatch.complete:
-                    minibatch.take_in()
-            flight.minibatch = None
+        try:
+            while minibatch := flight.minibatch or self._read(loader):
+                flight.minibatch = minibatch
+                while minibatch.left:
+                    yield minibatch.next()
+                    if flight.newest is not me:
+                        raise RuntimeError(
+                            "this replay was replaced by a newer one of the same FreeAdversarial: iterate "
+                            "the newest, and give loops that run side by side one object each"
+                        )
+                    minibatch.demand()
+                flight.minibatch = None
+        finally:
+            if flight.newest is me:
+                flight.newest = None
 
     def __getattr__(self, name: str) -> Any:
         if name in ("_flight", "_loader"):  # not set up yet: copy and pickle look here first
@@ -67,10 +70,7 @@ class Replay:
         if not batches:
             return None
         if flight.device is not None:
-            batches = [
-                tree_map(lambda t: t.to(flight.device, non_blocking=True), batch)
-                for batch in batches
-            ]
+            batches = [move(batch, flight.device) for batch in batches]
         minibatch = Minibatch(flight, batches)
         flight.perturbation.begin(minibatch.rows)
         return minibatch

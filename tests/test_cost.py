@@ -75,7 +75,8 @@ def test_a_replay_adds_delta_its_gradient_and_one_copy_of_the_input():
     before = alive()
     for (x,) in free.replay([(clean,)]):
         (x * weight).sum().backward()
-        grad = free._flight.minibatch.leaves[0].grad
+        (leaf,) = free._flight.minibatch.slots[0].leaves.values()
+        grad = leaf.grad
         delta = next(iter(free._flight.perturbation.buffers.values()))
         new = alive() - before
         expected = (t.untyped_storage().data_ptr() for t in (delta, grad, x))

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import itertools
 import math
 import pickle
 from dataclasses import dataclass
@@ -167,7 +168,7 @@ def test_what_is_yielded_is_no_leaf_and_costs_no_copy():
     x, _ = next(iter(free.replay(batches())))
     assert x.requires_grad
     assert not x.is_leaf
-    leaf = free._flight.minibatch.leaves[0]
+    (leaf,) = free._flight.minibatch.slots[0].leaves.values()
     assert leaf.data_ptr() == x.data_ptr()
 
 
@@ -423,6 +424,45 @@ def test_a_consumer_that_looks_ahead_is_refused():
     next(replay)
     with pytest.raises(RuntimeError, match="replay 1 of 4 received no gradient"):
         next(replay)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=5),
+    replays=st.integers(1, 4),
+    accumulate=st.integers(1, 4),
+)
+def test_a_consumer_may_take_as_many_batches_as_it_accumulates(sizes, replays, accumulate):
+    model = network()
+    free = free_for(model, replays=replays, accumulate=accumulate)
+    perturbation = free._flight.perturbation
+    plain, taken = perturbation.ascend, []
+    perturbation.ascend = lambda rows, grad: (taken.append(rows), plain(rows, grad))
+    loader = free.replay(batches(sizes))
+    replay, left = iter(loader), len(loader)
+    while left:
+        window = list(itertools.islice(replay, min(left, accumulate)))
+        left -= len(window)
+        for x, y in window:
+            loss_of(model, x, y).backward()
+    assert list(replay) == []
+    assert len(taken) == replays * len(sizes)
+    assert in_ball(free)
+
+
+@pytest.mark.parametrize("short", [1, 2])
+def test_looking_further_ahead_than_accumulate_is_refused_in_a_short_last_group_too(short):
+    free = FreeAdversarial(eps=0.1, replays=5, accumulate=3)
+    replay = iter(free.replay(batches((4,) * short)))
+    for _ in range(3):
+        next(replay)
+    with pytest.raises(RuntimeError, match="replay 1 of 5 received no gradient"):
+        next(replay)
+
+
+def test_a_short_last_group_without_gradients_is_refused_at_the_end_at_the_latest():
+    free = FreeAdversarial(eps=0.1, replays=2, accumulate=3)
+    with pytest.raises(RuntimeError, match="replay 1 of 2 received no gradient"):
+        list(free.replay(batches((4,))))
 
 
 def test_iterating_in_inference_mode_is_refused():

@@ -1,0 +1,52 @@
+"""The perturbation of a module's output, for what has no continuous input."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from free_adv.minibatch import Flight
+
+
+def attach(module: nn.Module, flight: Flight) -> None:
+    """Perturb the output of `module` in the replays of `flight`."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"at must be a torch.nn.Module, got {type(module).__name__}")
+    module.register_forward_hook(Hook(flight))
+
+
+class Hook:
+    """A forward hook that adds delta to the output of its module while a batch waits for its gradient.
+
+    It does nothing when there is nothing to train: between the gradient and the next batch, in eval
+    mode, where gradients are off, and in copies of the module, such as that of a moving average.
+    """
+
+    def __init__(self, flight: Flight | None) -> None:
+        self._flight = (lambda: None) if flight is None else weakref.ref(flight)
+        # What is in flight must not become part of a compiled graph.
+        self._eager = torch.compiler.disable(self._perturb)  # type: ignore[no-untyped-call]
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        """See `torch.nn.Module.register_forward_hook`."""
+        result: Tensor | None = self._eager(module, output)
+        return result
+
+    def _perturb(self, module: nn.Module, output: Any) -> Tensor | None:
+        flight = self._flight()
+        if flight is None or flight.newest is None or flight.minibatch is None:
+            return None  # no loop is running
+        if not module.training or not torch.is_grad_enabled() or flight.minibatch.waiting is None:
+            return None
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"at must be a module whose output is one tensor, but {type(module).__name__} gave "
+                f"{type(output).__name__}; choose one inside it, such as its embedding layer"
+            )
+        return flight.minibatch.inside(output)
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[None]]:
+        return Hook, (None,)  # a copied or saved module is not in the loop

@@ -1,0 +1,343 @@
+"""Perturbing the output of a module, `at`, in place of the input."""
+
+import copy
+import gc
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from free_adv import FreeAdversarial, ThreatModel, evaluate
+from tests.reference import batches, free_training, network
+
+
+class Reader(nn.Module):
+    """Embeds words and classifies their mean."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        torch.manual_seed(3)
+        self.embedding = nn.Embedding(20, 6, dtype=dtype)
+        self.head = nn.Sequential(
+            nn.Linear(6, 16, dtype=dtype), nn.Tanh(), nn.Linear(16, 4, dtype=dtype)
+        )
+
+    def forward(self, words):
+        return self.head(self.embedding(words).mean(1))
+
+
+def texts(lengths=(5, 5, 7), size=4):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {
+            "words": torch.randint(0, 20, (size, length), generator=generator),
+            "label": torch.randint(0, 4, (size,), generator=generator),
+        }
+        for length in lengths
+    ]
+
+
+def loss_of(model, batch):
+    return functional.cross_entropy(model(batch["words"]), batch["label"])
+
+
+def reader(optimizer=True, **arguments):
+    model = Reader()
+    arguments = {"eps": 0.3, "replays": 3, "norm": "l2", "at": model.embedding, **arguments}
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    return model, sgd, FreeAdversarial(sgd if optimizer else None, **arguments)
+
+
+def test_at_the_first_layer_it_is_algorithm_1_of_the_paper():
+    class Images(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.net = nn.Identity(), network(torch.float64)
+
+        def forward(self, x):
+            return self.net(self.stem(x))
+
+    loader = batches(dtype=torch.float64)
+    plain, model = network(torch.float64), Images()
+    reference = free_training(
+        plain, torch.optim.SGD(plain.parameters(), 0.1), loader, eps=0.1, m=3, epochs=2
+    )
+    free = FreeAdversarial(
+        torch.optim.SGD(model.parameters(), 0.1), eps=0.1, replays=3, at=model.stem, bounds=(0, 1)
+    )
+    for _ in range(2):
+        for x, y in free.replay(loader):
+            free.step(functional.cross_entropy(model(x), y))
+            assert torch.equal(free.state_dict()["delta"][0], next(reference))
+            for mine, theirs in zip(model.net.parameters(), plain.parameters(), strict=True):
+                assert torch.equal(mine, theirs)
+
+
+def test_an_embedding_moves_as_the_l2_rule_says_and_its_own_weights_train():
+    model, _, free = reader()
+    other = Reader()
+    theirs = torch.optim.SGD(other.parameters(), 0.1)
+    deltas = {}
+    for batch in texts():
+        delta = deltas.setdefault(
+            batch["words"].shape[1], torch.zeros(4, batch["words"].shape[1], 6)
+        )
+        deltas[batch["words"].shape[1]] = delta = delta.double()
+        for _ in range(3):
+            embedded = other.embedding(batch["words"])
+            moved = (embedded + delta).requires_grad_()
+            moved.retain_grad()
+            loss = functional.cross_entropy(other.head(moved.mean(1)), batch["label"])
+            theirs.zero_grad()
+            loss.backward()
+            theirs.step()
+            step = moved.grad / moved.grad.flatten(1).norm(dim=1)[:, None, None]
+            delta += 0.3 * step
+            delta *= (0.3 / delta.flatten(1).norm(dim=1)).clamp(max=1)[:, None, None]
+    for batch in free.replay(texts()):
+        assert not batch["words"].is_floating_point()
+        free.step(loss_of(model, batch))
+    for mine, their in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, their, atol=1e-12, rtol=0)
+    assert free.state_dict()["settings"]["bounds"] is None
+    for mine in free.state_dict()["delta"]:
+        torch.testing.assert_close(mine, deltas[mine.shape[1]], atol=1e-12, rtol=0)
+
+
+def test_step_and_a_loop_with_its_own_backward_pass_agree():
+    model, _, free = reader()
+    other, sgd, loader_only = reader(optimizer=False)
+    for batch in free.replay(texts()):
+        free.step(loss_of(model, batch))
+    for batch in loader_only.replay(texts()):
+        sgd.zero_grad()
+        loss_of(other, batch).backward()
+        sgd.step()
+    assert torch.equal(free.state_dict()["delta"][1], loader_only.state_dict()["delta"][1])
+    assert torch.equal(model.embedding.weight, other.embedding.weight)
+
+
+def test_it_is_active_only_between_a_batch_and_its_gradient():
+    model, _, free = reader()
+    words = texts()[0]["words"]
+    clean = Reader()
+    with torch.no_grad():
+        before = clean(words)
+    assert torch.equal(model(words), before)
+    for i, batch in enumerate(free.replay(texts((5,)))):
+        moving = i > 0  # delta starts at zero
+        with torch.no_grad():
+            model.load_state_dict(clean.state_dict())
+            assert torch.equal(model(words), before)
+        assert torch.equal(model(words), before) != moving
+        free.step(loss_of(model, batch))
+        model.load_state_dict(clean.state_dict())
+        assert torch.equal(model(words), before)
+    assert torch.equal(model(words), before)
+
+
+def test_evaluation_in_the_middle_of_an_epoch_sees_the_plain_model():
+    class Images(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.net = nn.Identity(), network()
+
+        def forward(self, x):
+            return self.net(self.stem(x))
+
+    model = Images()
+    free = FreeAdversarial(
+        torch.optim.SGD(model.parameters(), 0.1), eps=0.1, at=model.stem, bounds=(0, 1)
+    )
+    for x, y in free.replay(batches()):
+        loss = functional.cross_entropy(model(x), y)
+        results = [
+            evaluate(net, batches(), ThreatModel(0.05), steps=2, progress=False)
+            for net in (copy.deepcopy(model), model)
+        ]
+        free.step(loss)
+    assert results[0].clean == results[1].clean
+    assert (free.delta != 0).any()
+
+
+def test_a_copied_or_saved_module_is_not_perturbed():
+    model, _, free = reader()
+    words = texts()[0]["words"]
+    for batch in free.replay(texts((5,))):
+        average = copy.deepcopy(model)
+        torch.save(model, file := io.BytesIO())
+        file.seek(0)
+        saved = torch.load(file, weights_only=False)
+        assert torch.equal(average(words), average.head(average.embedding.weight[words].mean(1)))
+        assert torch.equal(average(words), saved(words))
+        free.step(loss_of(model, batch))
+
+
+def plain(model, words):
+    return model.head(model.embedding.weight[words].mean(1))
+
+
+def test_a_loop_that_was_left_and_an_object_that_is_gone_leave_the_module_alone():
+    model, _, free = reader()
+    for batch in free.replay(texts((5, 5))):
+        free.step(loss_of(model, batch))
+    for batch in free.replay(texts((5,))):
+        assert not torch.equal(model(batch["words"]), plain(model, batch["words"]))
+        break
+    words = batch["words"]
+    assert torch.equal(model(words), plain(model, words))
+    replay = iter(free.replay(texts((5,))))
+    next(replay)
+    assert not torch.equal(model(words), plain(model, words))
+    del free, replay
+    gc.collect()
+    assert torch.equal(model(words), plain(model, words))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("stop", range(1, 9))
+def test_a_run_stopped_at_any_replay_goes_on_bit_equal(stop, accumulate):
+    def run(model, free, source, stop=None):
+        for i, batch in enumerate(free.replay(source)):
+            free.step(loss_of(model, batch))
+            if i + 1 == stop:
+                break
+
+    model, sgd, free = reader(accumulate=accumulate)
+    run(model, free, iter(texts()))
+    straight = [*model.parameters(), *free.state_dict()["delta"]]
+
+    model, sgd, free = reader(accumulate=accumulate)
+    source = iter(texts())
+    run(model, free, source, stop)
+    states = [copy.deepcopy(o.state_dict()) for o in (model, sgd, free)]
+    fresh = reader(accumulate=accumulate)
+    for new, state in zip(fresh, states, strict=True):
+        new.load_state_dict(state)
+    run(fresh[0], fresh[2], source)
+    stopped = [*fresh[0].parameters(), *fresh[2].state_dict()["delta"]]
+    assert all(torch.equal(a, b) for a, b in zip(straight, stopped, strict=True))
+
+
+def test_a_group_of_micro_batches_equals_the_large_batch():
+    model, _, free = reader()
+    other, _, grouped = reader(accumulate=2)
+    small = texts((5, 5, 5), 4)
+    large = [
+        {k: torch.cat([b[k] for b in small[:2]]) for k in small[0]},
+        small[2],
+    ]
+    for batch in free.replay(large):
+        free.step(loss_of(model, batch))
+    for batch in grouped.replay(small):
+        grouped.step(loss_of(other, batch))
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        grouped.state_dict()["delta"][0], free.state_dict()["delta"][0], atol=1e-12, rtol=0
+    )
+
+
+@pytest.mark.parametrize("start", ["zero", "uniform"])
+def test_delta_starts_anew_at_each_minibatch_if_asked_to(start):
+    model, _, free = reader(start=start)
+    for i, batch in enumerate(free.replay(texts((5, 5)))):
+        loss = loss_of(model, batch)
+        if i % 3 == 0:
+            assert (free.delta == 0).all() == (start == "zero")
+            begun = free.delta
+        elif i % 3 == 1:
+            assert not torch.equal(free.delta, begun)
+        free.step(loss)
+
+
+def test_a_checkpointed_module_runs_twice_and_is_moved_once():
+    class Checkpointed(Reader):
+        def forward(self, words):
+            return checkpoint(super().forward, words, use_reentrant=False)
+
+    results = []
+    for kind in (Reader, Checkpointed):
+        model = kind()
+        sgd = torch.optim.SGD(model.parameters(), 0.1)
+        free = FreeAdversarial(sgd, eps=0.3, norm="l2", at=model.embedding)
+        for batch in free.replay(texts()):
+            free.step(loss_of(model, batch))
+        results.append([*model.parameters(), *free.state_dict()["delta"]])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_module_that_runs_twice_gets_the_same_delta_twice():
+    model, _, free = reader()
+    seen = []
+    model.embedding.register_forward_hook(lambda module, arguments, out: seen.append(out))
+    for batch in free.replay(texts((5,))):
+        seen.clear()
+        loss = loss_of(model, batch) + loss_of(model, batch)
+        assert torch.equal(*seen)
+        assert torch.equal(seen[0], model.embedding.weight[batch["words"]] + free.delta)
+        free.step(loss)
+    assert (free.delta != 0).any()
+
+
+def test_outputs_of_several_shapes_have_a_delta_each():
+    model, _, free = reader()
+    for batch in free.replay(texts((5,))):
+        longer = torch.cat([batch["words"], batch["words"]], 1)
+        free.step(loss_of(model, batch) + loss_of(model, {**batch, "words": longer}))
+    assert sorted(d.shape[1] for d in free.state_dict()["delta"]) == [5, 10]
+    assert all((d != 0).any() for d in free.state_dict()["delta"])
+
+
+def test_integer_images_are_perturbed_after_the_layer_that_makes_floats_of_them():
+    class Scale(nn.Module):
+        def forward(self, x):
+            return x.float() / 255
+
+    model = nn.Sequential(Scale(), network())
+    free = FreeAdversarial(
+        torch.optim.SGD(model.parameters(), 0.1), eps=8 / 255, at=model[0], bounds=(0, 1)
+    )
+    loader = [((x * 255).to(torch.uint8), y) for x, y in batches()]
+    for x, y in free.replay(loader):
+        assert x.dtype == torch.uint8
+        free.step(functional.cross_entropy(model(x), y))
+    assert free.delta.abs().max() == pytest.approx(8 / 255)
+    assert free.clean.max() <= 1
+
+
+def test_half_precision_outputs_have_a_float32_delta():
+    model = Reader(torch.float32)
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    free = FreeAdversarial(sgd, eps=0.3, at=model.head[0], scaler=scaler)
+    for batch in free.replay(texts()):
+        with torch.autocast("cpu", torch.float16):
+            loss = loss_of(model, batch)
+        free.step(loss)
+    assert free.clean.dtype == torch.float16
+    assert free.delta.dtype == torch.float32
+    assert free.delta.isfinite().all()
+    assert free.delta.abs().max() == pytest.approx(0.3)
+
+
+def test_a_batch_that_does_not_pass_the_module_is_refused():
+    model, _, free = reader()
+    with pytest.raises(RuntimeError, match="with at=module: a forward pass without that module"):
+        for batch in free.replay(texts()):
+            embedded = functional.embedding(batch["words"], model.embedding.weight)
+            free.step(functional.cross_entropy(model.head(embedded.mean(1)), batch["label"]))
+
+
+def test_what_is_no_module_or_has_no_tensor_for_output_is_refused():
+    with pytest.raises(TypeError, match=r"at must be a torch.nn.Module, got str"):
+        FreeAdversarial(eps=0.1, at="embedding")
+    recurrent = nn.LSTM(6, 4)
+    free = FreeAdversarial(eps=0.1, at=recurrent)
+    for _ in free.replay([torch.zeros(2)]):
+        with pytest.raises(TypeError, match="LSTM gave tuple; choose one inside it"):
+            recurrent(torch.zeros(5, 1, 6))
+        break
