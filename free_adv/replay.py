@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -30,12 +31,14 @@ class Replay:
     def __iter__(self) -> Iterator[Any]:
         flight = self._flight
         me = flight.open()
-        loader = iter(self._loader)
+        source = _Source(self._loader, flight)
         try:
-            while minibatch := flight.minibatch or self._read(loader):
+            while minibatch := flight.minibatch or source.read():
                 flight.minibatch = minibatch
                 while minibatch.left:
-                    yield minibatch.next()
+                    batch = minibatch.next()
+                    source.mark(last=not minibatch.left)
+                    yield batch
                     if flight.newest is not me:
                         raise RuntimeError(
                             "this replay was replaced by a newer one of the same FreeAdversarial: iterate "
@@ -58,19 +61,38 @@ class Replay:
     def __repr__(self) -> str:
         return f"Replay({self._loader!r}, replays={self._flight.replays})"
 
-    def _read(self, loader: Iterator[Any]) -> Minibatch | None:
+
+class _Source:
+    """The wrapped loader while it is read."""
+
+    def __init__(self, loader: Any, flight: Flight) -> None:
+        self.loader = loader
+        self.flight = flight
+        self.batches = iter(loader)
+        self.left = length_hint(loader, 0)
+        self.ended = False
+
+    def read(self) -> Minibatch | None:
         """The next minibatch: one batch, or up to `accumulate`; the loader is read no further."""
-        flight = self._flight
+        flight = self.flight
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
                 "replay() was iterated under torch.inference_mode(), where nothing receives a "
                 "gradient: iterate it outside"
             )
-        batches = list(islice(loader, flight.accumulate))
+        wanted = min(flight.accumulate, self.left) or flight.accumulate
+        batches = list(islice(self.batches, wanted))
         if not batches:
             return None
+        self.left = max(0, self.left - len(batches))
+        self.ended = getattr(self.loader, "end_of_dataloader", False)
         if flight.device is not None:
             batches = [move(batch, flight.device) for batch in batches]
         minibatch = Minibatch(flight, batches)
         flight.perturbation.begin(minibatch.rows)
         return minibatch
+
+    def mark(self, last: bool) -> None:
+        """Keep the flag by which Accelerate knows its last batch true for the last replay only."""
+        if self.ended:
+            self.loader.end_of_dataloader = last

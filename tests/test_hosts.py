@@ -1,0 +1,270 @@
+"""Frameworks that own the training loop: with the loader wrapped they end where Algorithm 1 ends."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from free_adv import FreeAdversarial
+from tests.reference import batches, network
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # lightning 2.6 with torch 2.15
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # lightning's advice
+]
+
+EPS, M, EPOCHS, LR = 0.1, 3, 2, 0.1
+SIZES = (8, 8, 3)  # with two micro-batches per update, the last group is short
+
+
+def algorithm_1(k=1, sizes=SIZES, clip=None, *, ahead=False, shrink=False):
+    """The paper's loop with k micro-batches per update, each slot of a group with its own delta.
+
+    A host counts its micro-batches through the epoch and updates after k of them, or at the end; it takes
+    those of one update `ahead`, or each when it comes, and divides the loss by k or, if the last update
+    has fewer and it does not `shrink` that one, by their number.
+    """
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
+    deltas = [torch.zeros(max(sizes), 2, 5, 5) for _ in range(k)]
+    loader = batches(sizes)
+    for _ in range(EPOCHS):
+        groups = [loader[i : i + k] for i in range(0, len(loader), k)]
+        order = [slot for group in groups for _ in range(M) for slot in enumerate(group)]
+        for first in range(0, len(order), k):
+            window = order[first : first + k]
+            held = [(x + deltas[slot][: len(x)]).clamp(0, 1) for slot, (x, _) in window]
+            for (slot, (x, y)), x_adv in zip(window, held, strict=True):
+                delta = deltas[slot][: len(x)]
+                if not ahead:
+                    x_adv = (x + delta).clamp(0, 1)
+                x_adv.requires_grad_()
+                loss = functional.cross_entropy(model(x_adv), y)
+                (loss / (k if shrink else len(window))).backward()
+                delta.add_(EPS * x_adv.grad.sign()).clamp_(-EPS, EPS)
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            optimizer.zero_grad()
+    return model
+
+
+def counting(free):
+    """Count the gradients that are taken in."""
+    taken = []
+    ascend = free._flight.perturbation.ascend
+    free._flight.perturbation.ascend = lambda rows, grad: (taken.append(1), ascend(rows, grad))
+    return taken
+
+
+def agree(model, reference, tolerance=0):
+    for mine, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=tolerance, rtol=0)
+
+
+def all_taken_in(free, taken, sizes=SIZES):
+    free.state_dict()  # the gradient of the very last replay is taken in when somebody asks
+    assert len(taken) == len(sizes) * M * EPOCHS
+
+
+# Lightning, with automatic optimisation.
+
+
+def lightning(free, k=1, model=None, **arguments):
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = model or network()
+
+        def training_step(self, batch, index):
+            x, y = batch
+            return functional.cross_entropy(self.net(x), y)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), LR, momentum=0.9)
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    module = Module()
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=EPOCHS,
+        accumulate_grad_batches=k,
+        enable_model_summary=False,
+        **quiet,
+        **arguments,
+    )
+    trainer.fit(module, free.replay(batches(SIZES)))
+    return module.net
+
+
+@pytest.mark.parametrize(("k", "clip"), [(1, None), (2, None), (1, 0.05)])
+def test_lightning_ends_at_the_weights_of_algorithm_1(k, clip):
+    free = FreeAdversarial(eps=EPS, replays=M, accumulate=k)
+    taken = counting(free)
+    model = lightning(free, k, gradient_clip_val=clip)
+    agree(model, algorithm_1(k, clip=clip, shrink=True))
+    all_taken_in(free, taken)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_lightning_trains_in_mixed_precision(precision):
+    plugins = pytest.importorskip("lightning.pytorch.plugins")
+    free = FreeAdversarial(eps=EPS, replays=M)
+    taken = counting(free)
+    if precision == "16-mixed":  # on the CPU it would take bfloat16 unless told otherwise
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        plugin = plugins.MixedPrecision(precision, device="cpu", scaler=scaler)
+        model = lightning(free, plugins=[plugin])
+    else:
+        model = lightning(free, precision=precision)
+    agree(model, algorithm_1(), tolerance=0.05)
+    all_taken_in(free, taken)
+
+
+# Accelerate.
+
+
+def accelerated(free, k=1, sizes=SIZES, **arguments):
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=k, **arguments)
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
+    loader = DataLoader(batches(sizes), batch_size=None)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    loader = free.replay(loader)
+    for _ in range(EPOCHS):
+        for x, y in loader:
+            with accelerator.accumulate(model):
+                loss = functional.cross_entropy(model(x), y)
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+    return accelerator.unwrap_model(model)
+
+
+@pytest.mark.parametrize("sizes", [SIZES, (8, 8, 8, 3)], ids=["short group", "full groups"])
+@pytest.mark.parametrize("k", [1, 2])
+def test_accelerate_ends_at_the_weights_of_algorithm_1(k, sizes):
+    free = FreeAdversarial(eps=EPS, replays=M, accumulate=k)
+    taken = counting(free)
+    agree(accelerated(free, k, sizes), algorithm_1(k, sizes, shrink=True))
+    all_taken_in(free, taken, sizes)
+
+
+def test_accelerate_saves_and_loads_the_state(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+
+    def made():
+        accelerator = accelerate.Accelerator(cpu=True)
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
+        loader = DataLoader(batches(SIZES), batch_size=None)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        free = FreeAdversarial(eps=EPS, replays=M)
+        accelerator.register_for_checkpointing(free)
+        return accelerator, model, optimizer, loader, free
+
+    def train(accelerator, model, optimizer, loader, free):
+        for x, y in free.replay(loader):
+            accelerator.backward(functional.cross_entropy(model(x), y))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    first = made()
+    train(*first)
+    first[0].save_state(tmp_path)
+    train(*first)
+    second = made()
+    second[0].load_state(tmp_path)
+    train(*second)
+    agree(second[1], first[1], tolerance=0)
+    assert torch.equal(second[4].delta, first[4].delta)
+
+
+# The Trainer of transformers.
+
+
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.net(pixel_values)
+        return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def transformers_trainer(free, path, k=1, **arguments):
+    transformers = pytest.importorskip("transformers")
+
+    class FreeTrainer(transformers.Trainer):
+        def get_train_dataloader(self):
+            return free.replay(super().get_train_dataloader())
+
+    data = [
+        {"pixel_values": image, "labels": label}
+        for x, y in batches(SIZES)
+        for image, label in zip(x, y, strict=True)
+    ]
+    settings = transformers.TrainingArguments(
+        output_dir=str(path),
+        use_cpu=True,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=k,
+        num_train_epochs=EPOCHS,
+        lr_scheduler_type="constant",
+        learning_rate=LR,
+        max_grad_norm=0,
+        train_sampling_strategy="sequential",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        logging_strategy="no",
+        **arguments,
+    )
+    model = Classifier()
+    optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
+    trainer = FreeTrainer(model, settings, train_dataset=data, optimizers=(optimizer, None))
+    trainer.train()
+    return model.net
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_trainer_of_transformers_ends_at_the_weights_of_algorithm_1(k, tmp_path):
+    free = FreeAdversarial(eps=EPS, replays=M, accumulate=k, key="pixel_values")
+    taken = counting(free)
+    model = transformers_trainer(free, tmp_path, k)
+    agree(model, algorithm_1(k, ahead=True))
+    all_taken_in(free, taken)
+
+
+# What bites in all of them.
+
+
+def test_a_loader_without_a_length_is_refused_where_lightning_looks_ahead():
+    pytest.importorskip("lightning")
+    free = FreeAdversarial(eps=EPS, replays=M)
+
+    class Unsized:
+        def __iter__(self):
+            return iter(batches(SIZES))
+
+    replay = free.replay
+    free.replay = lambda loader: replay(Unsized())
+    with pytest.raises(RuntimeError, match="a wrapper round the replay that takes batches ahead"):
+        lightning(free)
+
+
+def test_the_models_of_the_hosts_would_differ_without_the_adversary():
+    assert not torch.allclose(
+        algorithm_1().get_parameter("0.weight"), network().get_parameter("0.weight"), atol=1e-2
+    )
+    weights = [p for k in (1, 2) for p in [algorithm_1(k).get_parameter("0.weight")]]
+    assert not torch.allclose(*weights, atol=1e-3)
