@@ -1,0 +1,90 @@
+"""Free adversarial training with Accelerate, accumulation and checkpoints, on handwritten digits.
+
+python examples/with_accelerate.py
+accelerate launch --cpu --num_processes 2 examples/with_accelerate.py --accumulate 2
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from digits import network, test_set, train_set
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from free_adv import FreeAdversarial, evaluate  # free-adv
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--precision", default="no", choices=["no", "fp16", "bf16"])
+    parser.add_argument("--cpu", action="store_true", help="the CPU even if there is a GPU")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per update")
+    parser.add_argument("--checkpoint", type=Path, help="save the state here after each epoch")
+    parser.add_argument("--resume", type=Path, help="go on from this state")
+    parser.add_argument("--epochs", type=int, default=40, help="natural epochs: the cost")
+    parser.add_argument("--replays", type=int, default=8, help="the paper's m")
+    parser.add_argument("--eps", type=float, default=0.15, help="linf radius, images are in [0, 1]")
+    parser.add_argument("--batch-size", type=int, default=64, help="of all processes together")
+    parser.add_argument("--lr", type=float, default=0.1, help="peak of the OneCycle schedule")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dry-run", action="store_true", help="few updates, to see that it runs")
+    args = parser.parse_args()
+
+    train, test = train_set(), test_set()
+    if args.dry_run:
+        args.epochs, args.replays, args.batch_size = 4, 2, 4
+        train, test = (Subset(data, range(12)) for data in (train, test))
+    set_seed(args.seed)
+    accelerator = Accelerator(
+        cpu=args.cpu,
+        mixed_precision=args.precision,
+        gradient_accumulation_steps=args.accumulate,
+    )
+    micro = args.batch_size // accelerator.num_processes // args.accumulate or 1
+    loader = DataLoader(train, micro, shuffle=True)
+    model = network()
+    criterion = nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+
+    free = FreeAdversarial(
+        eps=args.eps, replays=args.replays, accumulate=args.accumulate
+    )  # free-adv
+    epochs, loader = free.epochs(args.epochs), free.replay(loader)  # free-adv: after prepare
+    accelerator.register_for_checkpointing(free)  # free-adv: for save_state and load_state
+
+    # Once for each replay and process: Accelerate skips the replays that do not update.
+    updates = epochs * -(-len(loader) // args.accumulate) * accelerator.num_processes
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=updates)
+    schedule = accelerator.prepare(schedule)
+    first = 0
+    if args.resume:
+        accelerator.load_state(args.resume)
+        first = int((args.resume / "epoch.txt").read_text())
+
+    for epoch in range(first, epochs):
+        loader.set_epoch(epoch)
+        for x, y in loader:
+            with accelerator.accumulate(model):
+                with accelerator.autocast():
+                    loss = criterion(model(x), y)
+                accelerator.backward(loss)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+        if args.checkpoint:
+            accelerator.save_state(args.checkpoint)
+            (args.checkpoint / "epoch.txt").write_text(str(epoch + 1))
+
+    if accelerator.is_main_process:
+        net = accelerator.unwrap_model(model)
+        result = evaluate(net, DataLoader(test, len(test)), free.threat, steps=40)
+        accelerator.print(f"{accelerator.num_processes} processes, {epochs} epochs: {result}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Free adversarial training with Lightning's automatic optimisation, on handwritten digits.
+
+    python examples/with_lightning.py
+    python examples/with_lightning.py --devices 2 --precision bf16-mixed --accumulate 2
+
+The module knows nothing of it: only the loader is wrapped.
+"""
+
+import argparse
+
+import lightning
+import torch
+from digits import network, test_set, train_set
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, Subset
+
+from free_adv import FreeAdversarial, evaluate  # free-adv
+
+
+class Digits(lightning.LightningModule):
+    def __init__(self, lr: float) -> None:
+        super().__init__()
+        self.net, self.lr = network(), lr
+        self.criterion = nn.CrossEntropyLoss()
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> torch.Tensor:
+        x, y = batch
+        return self.criterion(self.net(x), y)
+
+    def configure_optimizers(self) -> dict:
+        optimizer = torch.optim.SGD(self.parameters(), self.lr, momentum=0.9, weight_decay=5e-4)
+        updates = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=updates)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--accelerator", default="auto")
+    parser.add_argument("--precision", default="32-true", help="16-mixed, bf16-mixed, ...")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per update")
+    parser.add_argument("--epochs", type=int, default=40, help="natural epochs: the cost")
+    parser.add_argument("--replays", type=int, default=8, help="the paper's m")
+    parser.add_argument("--eps", type=float, default=0.15, help="linf radius, images are in [0, 1]")
+    parser.add_argument("--batch-size", type=int, default=64, help="of all devices together")
+    parser.add_argument("--lr", type=float, default=0.1, help="peak of the OneCycle schedule")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dry-run", action="store_true", help="few updates, to see that it runs")
+    args = parser.parse_args()
+
+    train, test = train_set(), test_set()
+    if args.dry_run:
+        args.epochs = args.replays = args.batch_size = 2
+        train, test = (Subset(data, range(8)) for data in (train, test))
+    lightning.seed_everything(args.seed, verbose=False)
+    free = FreeAdversarial(
+        eps=args.eps, replays=args.replays, accumulate=args.accumulate
+    )  # free-adv
+    trainer = lightning.Trainer(
+        max_epochs=free.epochs(args.epochs),  # free-adv
+        accelerator=args.accelerator,
+        devices=args.devices,
+        strategy="ddp" if args.devices > 1 else "auto",
+        precision=args.precision,
+        accumulate_grad_batches=args.accumulate,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=not args.dry_run,
+    )
+    ranks = trainer.world_size
+    # With several devices Lightning would replace the sampler of a plain DataLoader by this one.
+    sampler = DistributedSampler(train, ranks, trainer.global_rank, seed=args.seed)
+    loader = DataLoader(train, args.batch_size // ranks // args.accumulate or 1, sampler=sampler)
+    module = Digits(args.lr)
+    trainer.fit(module, free.replay(loader))  # free-adv
+
+    if trainer.is_global_zero:
+        result = evaluate(module.net, DataLoader(test, len(test)), free.threat, steps=40)
+        print(f"{ranks} devices, {trainer.global_step} updates: {result}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Free adversarial training of a text classifier: a small BERT whose word embeddings are perturbed.
+
+    python examples/with_text.py
+
+From which package of Python's standard library do 64 characters come? Text has no continuous input, so delta
+is added to the output of the embedding layer, `at=`, with an l2 radius in the units of the embeddings.
+"""
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import BertConfig, BertForSequenceClassification
+
+from free_adv import FreeAdversarial, ThreatModel, evaluate  # free-adv
+
+PACKAGES = ["asyncio", "email", "importlib", "multiprocessing", "unittest", "xml"]
+LENGTH = 64
+
+
+def texts(test: bool) -> TensorDataset:
+    """Windows of characters and the package they are from; every fifth file is for the test."""
+    words, labels = [], []
+    for label, name in enumerate(PACKAGES):
+        (folder,) = importlib.util.find_spec(name).submodule_search_locations
+        files = sorted(p for p in Path(folder).rglob("*.py") if "test" not in p.parts)
+        for path in (f for i, f in enumerate(files) if (i % 5 == 0) == test):
+            characters = torch.tensor(list(path.read_bytes()), dtype=torch.long)
+            windows = characters[: len(characters) // LENGTH * LENGTH].reshape(-1, LENGTH)
+            words.append(windows)
+            labels.append(torch.full((len(windows),), label))
+    return TensorDataset(torch.cat(words), torch.cat(labels))
+
+
+def network() -> BertForSequenceClassification:
+    """A BERT of 2 layers that reads bytes, with random weights."""
+    config = BertConfig(
+        vocab_size=256,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=LENGTH,
+        num_labels=len(PACKAGES),
+    )
+    return BertForSequenceClassification(config)
+
+
+class FromEmbeddings(nn.Module):
+    """The classifier behind its embedding layer, so that an attack can move the embeddings."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, embedded: torch.Tensor) -> torch.Tensor:
+        return self.model(inputs_embeds=embedded).logits
+
+
+def report(name: str, model: nn.Module, test: DataLoader, threat: ThreatModel) -> None:
+    """Accuracy on the test texts, and with their embeddings attacked."""
+    embed = model.get_input_embeddings()
+    with torch.no_grad():
+        batches = [(embed(words), labels) for words, labels in test]
+    print(f"{name:<8}{evaluate(FromEmbeddings(model), batches, threat, steps=10)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--epochs", type=int, default=6, help="natural epochs: the cost")
+    parser.add_argument("--replays", type=int, default=3, help="the paper's m")
+    parser.add_argument("--eps", type=float, default=0.5, help="l2 radius of a text's embeddings")
+    parser.add_argument("--step-size", type=float, default=0.25)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak of the OneCycle schedule")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dry-run", action="store_true", help="few updates, to see that it runs")
+    args = parser.parse_args()
+
+    train, test = texts(test=False), texts(test=True)
+    generator = torch.Generator().manual_seed(0)
+    test = torch.utils.data.Subset(test, torch.randperm(len(test), generator=generator)[:1000])
+    if args.dry_run:
+        args.epochs = args.replays
+        train, test = (torch.utils.data.Subset(data, range(16)) for data in (train, test))
+    for method in ("natural", "free"):
+        torch.manual_seed(args.seed)
+        loader = DataLoader(train, args.batch_size, shuffle=True)
+        model = network()
+        optimizer = torch.optim.AdamW(model.parameters(), args.lr)
+        free = FreeAdversarial(  # free-adv
+            optimizer,
+            eps=args.eps,
+            step_size=args.step_size,
+            norm="l2",
+            replays=args.replays if method == "free" else 1,
+            at=model.get_input_embeddings(),
+        )
+        epochs, batches = args.epochs, loader
+        if method == "free":
+            epochs, batches = free.epochs(epochs), free.replay(loader)  # free-adv
+        updates = epochs * len(batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=updates)
+        model.train()
+        for _ in range(epochs):
+            for words, labels in batches:
+                loss = model(words, labels=labels).loss
+                if method == "free":
+                    free.step(loss)  # free-adv
+                else:
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                schedule.step()
+        report(method, model, DataLoader(test, 100), free.threat)
+
+
+if __name__ == "__main__":
+    main()

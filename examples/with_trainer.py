@@ -1,0 +1,103 @@
+"""Free adversarial training with the Trainer of transformers: a small vision transformer, on handwritten digits.
+
+python examples/with_trainer.py
+python examples/with_trainer.py --accumulate 2
+"""
+
+import argparse
+import tempfile
+
+import torch
+from digits import test_set, train_set
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+
+from free_adv import FreeAdversarial, evaluate  # free-adv
+
+
+class Images(Dataset):
+    """Samples as the image models of transformers take them."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        image, label = self.data[index]
+        return {"pixel_values": image, "labels": label}
+
+
+class Logits(nn.Module):
+    """A model of transformers as a map from images to logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values=x).logits
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per update")
+    parser.add_argument("--epochs", type=int, default=40, help="natural epochs: the cost")
+    parser.add_argument("--replays", type=int, default=4, help="the paper's m")
+    parser.add_argument("--eps", type=float, default=0.1, help="linf radius, images are in [0, 1]")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak of the cosine schedule")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dry-run", action="store_true", help="few updates, to see that it runs")
+    args = parser.parse_args()
+
+    train, test = train_set(), test_set()
+    if args.dry_run:
+        args.epochs, args.replays, args.batch_size = 2, 2, 8
+        train, test = (Subset(data, range(12)) for data in (train, test))
+    torch.manual_seed(args.seed)
+    config = ViTConfig(
+        image_size=8,
+        patch_size=2,
+        num_channels=1,
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=128,
+        num_labels=10,
+    )
+    model = ViTForImageClassification(config)
+    free = FreeAdversarial(  # free-adv
+        eps=args.eps, replays=args.replays, accumulate=args.accumulate, key="pixel_values"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            output_dir=folder,
+            num_train_epochs=free.epochs(args.epochs),  # free-adv
+            per_device_train_batch_size=args.batch_size // args.accumulate,
+            gradient_accumulation_steps=args.accumulate,
+            learning_rate=args.lr,
+            lr_scheduler_type="cosine",
+            weight_decay=0.05,
+            bf16=args.precision == "bf16",
+            fp16=args.precision == "fp16",
+            seed=args.seed,
+            save_strategy="no",
+            report_to=[],
+            dataloader_pin_memory=torch.cuda.is_available(),
+            disable_tqdm=args.dry_run,
+        )
+        trainer = Trainer(model, settings, train_dataset=Images(train))
+        loader = trainer.get_train_dataloader
+        trainer.get_train_dataloader = lambda: free.replay(loader())  # free-adv
+        trainer.train()
+
+    result = evaluate(Logits(trainer.model), DataLoader(test, len(test)), free.threat, steps=40)
+    print(f"{trainer.state.global_step} updates: {result}")
+
+
+if __name__ == "__main__":
+    main()
