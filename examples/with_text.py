@@ -2,43 +2,57 @@
 
     python examples/with_text.py
 
-From which package of Python's standard library do 64 characters come? Text has no continuous input, so delta
+From which package of Python's standard library do 32 words come? Text has no continuous input, so delta
 is added to the output of the embedding layer, `at=`, with an l2 radius in the units of the embeddings.
 """
 
 import argparse
 import importlib.util
+import re
+from collections import Counter
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 from transformers import BertConfig, BertForSequenceClassification
 
 from free_adv import FreeAdversarial, ThreatModel, evaluate  # free-adv
 
 PACKAGES = ["asyncio", "email", "importlib", "multiprocessing", "unittest", "xml"]
-LENGTH = 64
+LENGTH, WORDS = 32, 4000
 
 
-def texts(test: bool) -> TensorDataset:
-    """Windows of characters and the package they are from; every fifth file is for the test."""
-    words, labels = [], []
+def texts() -> tuple[TensorDataset, TensorDataset]:
+    """Windows of 32 words and the package they are from: training texts, and every fifth file to test."""
+    files = []
     for label, name in enumerate(PACKAGES):
         (folder,) = importlib.util.find_spec(name).submodule_search_locations
-        files = sorted(p for p in Path(folder).rglob("*.py") if "test" not in p.parts)
-        for path in (f for i, f in enumerate(files) if (i % 5 == 0) == test):
-            characters = torch.tensor(list(path.read_bytes()), dtype=torch.long)
-            windows = characters[: len(characters) // LENGTH * LENGTH].reshape(-1, LENGTH)
-            words.append(windows)
-            labels.append(torch.full((len(windows),), label))
-    return TensorDataset(torch.cat(words), torch.cat(labels))
+        paths = sorted(p for p in Path(folder).rglob("*.py") if "test" not in p.parts)
+        for i, path in enumerate(paths):
+            words = re.findall(r"\w+|[^\w\s]", path.read_text(encoding="utf-8").lower())
+            files.append((i % 5 == 4, label, words))
+    counts = Counter(word for test, _, words in files if not test for word in words)
+    number = {word: i + 1 for i, (word, _) in enumerate(counts.most_common(WORDS - 1))}
+
+    def windows(wanted: bool) -> TensorDataset:
+        parts = [
+            (torch.tensor([number.get(w, 0) for w in words[i : i + LENGTH]]), label)
+            for test, label, words in files
+            if test == wanted
+            for i in range(0, len(words) - LENGTH + 1, LENGTH)
+        ]
+        return TensorDataset(
+            torch.stack([x for x, _ in parts]), torch.tensor([y for _, y in parts])
+        )
+
+    return windows(False), windows(True)
 
 
 def network() -> BertForSequenceClassification:
-    """A BERT of 2 layers that reads bytes, with random weights."""
+    """A BERT of 2 layers with random weights."""
     config = BertConfig(
-        vocab_size=256,
+        vocab_size=WORDS,
         hidden_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -80,12 +94,12 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="few updates, to see that it runs")
     args = parser.parse_args()
 
-    train, test = texts(test=False), texts(test=True)
+    train, test = texts()
     generator = torch.Generator().manual_seed(0)
-    test = torch.utils.data.Subset(test, torch.randperm(len(test), generator=generator)[:1000])
+    test = Subset(test, torch.randperm(len(test), generator=generator)[:1000].tolist())
     if args.dry_run:
         args.epochs = args.replays
-        train, test = (torch.utils.data.Subset(data, range(16)) for data in (train, test))
+        train, test = (Subset(data, range(16)) for data in (train, test))
     for method in ("natural", "free"):
         torch.manual_seed(args.seed)
         loader = DataLoader(train, args.batch_size, shuffle=True)

@@ -91,8 +91,8 @@ def main() -> None:
             disable_tqdm=args.dry_run,
         )
         trainer = Trainer(model, settings, train_dataset=Images(train))
-        loader = trainer.get_train_dataloader
-        trainer.get_train_dataloader = lambda: free.replay(loader())  # free-adv
+        plain = trainer.get_train_dataloader
+        trainer.get_train_dataloader = lambda: free.replay(plain())  # free-adv
         trainer.train()
 
     result = evaluate(Logits(trainer.model), DataLoader(test, len(test)), free.threat, steps=40)

@@ -36,12 +36,14 @@ def count(name: str, value: Any) -> int:
     return operator.index(value)
 
 
-def scalar(name: str, value: Any) -> None:
-    """Refuse what is not a tensor with one element."""
+def scalar(name: str, value: Any, cures: str) -> None:
+    """Refuse what is not a tensor with one element and a graph."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.numel() != 1:
         raise ValueError(f"{name} must be a scalar, got {describe(value)}; take its mean()")
+    if not value.requires_grad:
+        raise RuntimeError(f"the {name} has no graph to go backward through.\n{cures}")
 
 
 def inside(pixels: Tensor, bounds: tuple[float, float] | None, what: str) -> None:

@@ -126,10 +126,6 @@ class FreeAdversarial:
             ValueError: In the loop: a batch lies outside `bounds`, or has nothing at `key`.
             TypeError: In the loop: the input is not a floating-point tensor.
         """
-        if isinstance(loader, Replay):
-            raise ValueError("loader is a replay already: iterate it as it is, or wrap its loader")
-        if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
-            raise TypeError(f"loader must be iterable, got {type(loader).__name__}")
         return Replay(self._flight, loader)
 
     def step(self, loss: Tensor) -> None:
@@ -154,9 +150,7 @@ class FreeAdversarial:
                 "step() expects one call for each batch of replay(): call it once inside "
                 "`for x, y in free.replay(loader):`"
             )
-        scalar("loss", loss)
-        if not loss.requires_grad:
-            raise RuntimeError(f"the loss has no graph to go backward through.\n{CURES}")
+        scalar("loss", loss, CURES)
         if index == 0:
             self._optimizers.zero_grad()
         if len(minibatch.batches) > 1:
@@ -171,6 +165,12 @@ class FreeAdversarial:
     def epochs(self, n: int) -> int:
         """Epochs over the replayed loader that cost as much as `n` natural ones: `ceil(n / m)`."""
         return -(-count("n", n) // self._flight.replays)
+
+    @property
+    def last(self) -> bool:
+        """Whether the latest batch ends its group, so that the weights move: no time for DDP's `no_sync`."""
+        minibatch = self._flight.minibatch
+        return minibatch is not None and not len(minibatch.slots) % len(minibatch.batches)
 
     @property
     def delta(self) -> Tensor | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from operator import length_hint
 from typing import Any
 
 import torch
+from torch import distributed
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from free_adv.batches import move
 from free_adv.minibatch import Flight, Minibatch
@@ -21,15 +24,28 @@ class Replay:
 
     _flight: Flight
     _loader: Iterable[Any]
+    _warned: bool
 
     def __init__(self, flight: Flight, loader: Iterable[Any]) -> None:
-        self.__dict__.update(_flight=flight, _loader=loader)
+        if isinstance(loader, Replay):
+            raise ValueError("loader is a replay already: iterate it as it is, or wrap its loader")
+        if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+            raise TypeError(f"loader must be iterable, got {type(loader).__name__}")
+        self.__dict__.update(_flight=flight, _loader=loader, _warned=False)
 
     def __len__(self) -> int:
         return self._flight.replays * len(self._loader)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Any]:
         flight = self._flight
+        if not self._warned and _unsharded(self._loader):
+            self.__dict__["_warned"] = True
+            warnings.warn(
+                "every rank trains on all the data: this DataLoader is not split between the ranks of "
+                "the process group. Call replay() after accelerator.prepare, or give the DataLoader a "
+                "DistributedSampler; ignore this if the dataset itself is already split by rank",
+                stacklevel=2,
+            )
         me = flight.open()
         source = _Source(self._loader, flight)
         try:
@@ -96,3 +112,15 @@ class _Source:
         """Keep the flag by which Accelerate knows its last batch true for the last replay only."""
         if self.ended:
             self.loader.end_of_dataloader = last
+
+
+def _unsharded(loader: Any) -> bool:
+    """Whether there are several ranks, and nothing but a dataset of its own could give each its share."""
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+        and type(loader) is DataLoader
+        and type(loader.sampler) in (RandomSampler, SequentialSampler)
+        and type(loader.batch_sampler) in (BatchSampler, type(None))
+    )

@@ -1,5 +1,6 @@
 """Every snippet that a reader can copy runs, and the texts hold to what they promise."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -48,6 +49,29 @@ def test_the_loops_that_the_diffs_of_the_readme_end_with_train():
         assert not torch.equal(namespace["model"][1].weight, before)
         added = [line for line in diff.splitlines() if line[:1] == "+" and "import" not in line]
         assert len(added) <= 4
+
+
+@pytest.mark.parametrize("diff", blocks("docs/guide.md", "diff"), ids=lambda d: d.split()[-1])
+def test_a_host_needs_at_most_three_new_lines(diff):
+    lines = diff.splitlines()
+    for side in "-+":
+        ast.parse("\n".join(line[1:] for line in lines if line[:1] in (side, " ")))
+    added = [line for line in lines if line[:1] == "+" and "import" not in line]
+    assert 1 <= len(added) <= 3
+
+
+@pytest.mark.parametrize("section", ["Plain PyTorch", "Mixed precision", "Gradient accumulation"])
+@pytest.mark.parametrize("side", ["-", "+"])
+def test_the_loops_of_the_guide_train_before_and_after_the_change(section, side):
+    text = (ROOT / "docs/guide.md").read_text(encoding="utf-8").split(f"## {section}")[1]
+    diff = re.search(r"^```diff\n(.*?)^```", text, re.M | re.S)[1]
+    namespace = reader() | {"torch": torch, "device": torch.device("cpu"), "epochs": 8}
+    namespace["loader"] *= 2
+    before = namespace["model"][1].weight.detach().clone()
+    lines = [line[1:] for line in diff.splitlines() if line[:1] in (side, " ")]
+    exec("from free_adv import FreeAdversarial\n" + "\n".join(lines), namespace)
+    assert not torch.equal(namespace["model"][1].weight, before)
+    assert ("free" in namespace) == (side == "+")
 
 
 def test_each_command_of_the_readme_is_one_line_from_install_to_run():

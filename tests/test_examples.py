@@ -1,11 +1,14 @@
 """The examples do what they say, run as a user runs them."""
 
+import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch.distributed.fsdp
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -34,6 +37,64 @@ def test_the_quick_start_trains_prints_its_table_and_draws_its_picture(tmp_path)
 def test_the_variants_run(tmp_path):
     out = run("variants.py", "--passes", 2, "--replays", 2, "--seeds", 1).stdout
     assert len(re.findall(r"\d+\.\d ± ", out)) == 5
+
+
+RESULT = r"clean +[\d.]+%  robust +[\d.]+%"
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+DRY_RUNS = [
+    (r"fp16, 2 updates", "with_amp.py", "--precision", "fp16"),
+    (r"bf16, 2 updates", "with_amp.py"),
+    (r"1 devices, 4 updates", "with_lightning.py", "--accelerator", "cpu", "--accumulate", "2"),
+    (r"2 devices, 4 updates", "with_lightning.py", "--accelerator", "cpu", "--devices", "2"),
+    (r"1 processes, 2 epochs", "with_accelerate.py", "--cpu"),
+    (r"2 processes, 2 epochs", *TORCHRUN, "with_accelerate.py", "--cpu", "--accumulate", "2"),
+    (r"3 updates", "with_trainer.py", "--accumulate", "2"),
+    (r"natural .*\nfree", "with_text.py"),
+    (r"2 ranks, 2 updates", *TORCHRUN, "with_ddp.py"),
+    (r"2 ranks, 2 updates", *TORCHRUN, "with_fsdp.py"),
+]
+
+
+@pytest.fixture(scope="module")
+def dry_runs():
+    """All of them, two at a time: most of their time goes by in imports."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+
+    def start(command):
+        command = [sys.executable, *command, "--dry-run"]
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=EXAMPLES, env=environment
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        yield {tuple(command): pool.submit(start, command) for _, *command in DRY_RUNS}
+
+
+@pytest.mark.parametrize(
+    ("expected", "command"), [(e, c) for e, *c in DRY_RUNS], ids=lambda v: v[-1]
+)
+def test_the_script_of_each_host_runs(expected, command, dry_runs):
+    if "with_fsdp.py" in command and not hasattr(torch.distributed.fsdp, "fully_shard"):
+        pytest.skip("this torch has no fully_shard")
+    result = dry_runs[tuple(command)].result()
+    assert result.returncode == 0, result.stderr
+    assert re.search(expected, result.stdout)
+    assert re.search(RESULT, result.stdout)
+    assert "Warning: every rank" not in result.stderr
+
+
+def test_accelerate_saves_and_resumes(tmp_path):
+    command = ["with_accelerate.py", "--cpu", "--dry-run"]
+    one = run(*command, "--checkpoint", tmp_path / "state").stdout
+    assert (tmp_path / "state" / "custom_checkpoint_0.pkl").exists()
+    assert run(*command, "--resume", tmp_path / "state").stdout == one
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("with_*.py")), ids=lambda p: p.name)
+def test_a_host_script_has_at_most_three_lines_of_ours_beyond_the_import(script):
+    ours = [line for line in script.read_text().splitlines() if "# free-adv" in line]
+    assert sum("import" in line for line in ours) == 1
+    assert len(ours) <= 4
 
 
 @pytest.mark.slow

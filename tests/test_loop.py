@@ -222,6 +222,19 @@ def test_device_moves_every_tensor_of_the_batch():
     assert free.state_dict()["delta"][0].shape == (6, 2, 5, 5)
 
 
+def test_last_tells_the_batches_after_which_the_weights_move():
+    model = network()
+    free = free_for(model, replays=2, accumulate=2)
+    assert not free.last
+    told = []
+    for x, y in free.replay(batches((4, 4, 2))):
+        told.append(free.last)
+        before = model[0].weight.detach().clone()
+        free.step(loss_of(model, x, y))
+        assert torch.equal(before, model[0].weight) != told[-1]
+    assert told == [False, True, False, True, True, True]
+
+
 # Loops that end early.
 
 
