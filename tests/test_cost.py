@@ -43,21 +43,55 @@ def test_after_the_first_replay_no_value_is_read_and_no_constant_is_made(norm, s
     assert not {"_local_scalar_dense", "is_nonzero", "lift_fresh"} & set(operators.names)
 
 
+def test_device_copies_a_batch_once_for_all_its_replays():
+    copies = []
+    for replays in (1, 6):
+        free = FreeAdversarial(eps=0.1, replays=replays, device="meta", bounds=None)
+        free._flight.perturbation.load([torch.zeros(4, 2, 5, 5)])  # meta has no values to check
+        with Operators() as operators:
+            for x, y in free.replay(batches((4, 4, 4))):
+                assert x.device.type == y.device.type == "meta"
+                x.sum().backward()
+        copies.append(operators.names.count("_to_copy"))
+    assert copies[0] == copies[1] >= 6
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_no_step_waits_for_it():
+def test_on_a_gpu_no_step_waits_for_it_nor_for_the_copy_of_the_next_batch():
     model = network().cuda()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     free = FreeAdversarial(optimizer, eps=0.1, device="cuda", mean=0.5, std=0.2)
-    replay = iter(free.replay(batches((4,))))
+    loader = [(x.pin_memory(), y.pin_memory()) for x, y in batches((4, 4, 4))]
+    replay = iter(free.replay(loader))
     x, y = next(replay)
     free.step(functional.cross_entropy(model(x), y))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(3):
-            x, y = next(replay)
+        for x, y in replay:
             free.step(functional.cross_entropy(model(x), y))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_copy_of_the_next_batch_runs_beside_the_replays():
+    free = FreeAdversarial(eps=0.1, replays=2, device="cuda")
+    loader = [(torch.rand(64, 3, 224, 224).pin_memory(),) for _ in range(3)]
+    weight = torch.rand(4096, 4096, device="cuda")
+    for _ in range(2):  # the first round makes the buffers and the stream
+        with torch.profiler.profile() as profile:
+            for (x,) in free.replay(loader):
+                work = weight
+                for _ in range(50):
+                    work = work @ weight
+                (x.mean() * work.mean()).backward()
+            torch.cuda.synchronize()
+    spans = [(e.name, e.time_range) for e in profile.events() if e.device_type.name == "CUDA"]
+    copies = [span for name, span in spans if "Memcpy HtoD" in name][1:]
+    kernels = [span for name, span in spans if "gemm" in name.lower()]
+    assert copies
+    for copy in copies:
+        assert any(k.start < copy.end and copy.start < k.end for k in kernels)
 
 
 def test_a_replay_adds_delta_its_gradient_and_one_copy_of_the_input():
