@@ -59,6 +59,7 @@ def network() -> BertForSequenceClassification:
         intermediate_size=128,
         max_position_embeddings=LENGTH,
         num_labels=len(PACKAGES),
+        initializer_range=0.1,  # 1 / sqrt(hidden_size), about
     )
     return BertForSequenceClassification(config)
 
@@ -84,10 +85,10 @@ def report(name: str, model: nn.Module, test: DataLoader, threat: ThreatModel) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--epochs", type=int, default=6, help="natural epochs: the cost")
+    parser.add_argument("--epochs", type=int, default=12, help="natural epochs: the cost")
     parser.add_argument("--replays", type=int, default=3, help="the paper's m")
-    parser.add_argument("--eps", type=float, default=0.5, help="l2 radius of a text's embeddings")
-    parser.add_argument("--step-size", type=float, default=0.25)
+    parser.add_argument("--eps", type=float, default=0.3, help="l2 radius of a text's embeddings")
+    parser.add_argument("--step-size", type=float, default=0.1, help="of delta")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3, help="peak of the OneCycle schedule")
     parser.add_argument("--seed", type=int, default=0)

@@ -85,6 +85,7 @@ def main() -> None:
             bf16=args.precision == "bf16",
             fp16=args.precision == "fp16",
             seed=args.seed,
+            use_cpu=not torch.cuda.is_available(),
             save_strategy="no",
             report_to=[],
             dataloader_pin_memory=torch.cuda.is_available(),

@@ -245,6 +245,25 @@ def test_the_trainer_of_transformers_ends_at_the_weights_of_algorithm_1(k, tmp_p
     all_taken_in(free, taken)
 
 
+def test_the_trainer_of_transformers_trains_in_bfloat16(tmp_path):
+    free = FreeAdversarial(eps=EPS, replays=M, key="pixel_values")
+    taken = counting(free)
+    model = transformers_trainer(free, tmp_path, bf16=True)
+    agree(model, algorithm_1(), tolerance=0.05)
+    all_taken_in(free, taken)
+
+
+def test_accelerate_trains_in_bfloat16():
+    state = pytest.importorskip("accelerate").state.AcceleratorState
+    state._reset_state(True)  # it is one for the whole process
+    free = FreeAdversarial(eps=EPS, replays=M)
+    taken = counting(free)
+    model = accelerated(free, mixed_precision="bf16")
+    state._reset_state(True)
+    agree(model, algorithm_1(), tolerance=0.05)
+    all_taken_in(free, taken)
+
+
 # What bites in all of them.
 
 
