@@ -15,11 +15,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import torch
+from digits import network, test_set, train_set
 from matplotlib import pyplot as plt
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from tqdm import tqdm
 
 from free_adv import FreeAdversarial, ThreatModel, evaluate, pgd
@@ -29,25 +28,12 @@ MARKERS = {"natural": "o", "free": "*", "pgd-7": "s"}
 
 
 def data(batch_size: int, seed: int) -> tuple[DataLoader, DataLoader]:
-    """1,437 training and 360 test images of 8x8 pixels in [0, 1]."""
-    images, labels = load_digits(return_X_y=True)
-    x = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
-    y = torch.tensor(labels)
-    parts = train_test_split(x, y, test_size=0.2, stratify=y, random_state=0)
-    x_train, x_test, y_train, y_test = parts
-    data = TensorDataset(x_train, y_train)
+    """Loaders of 1,437 training and 360 test images of 8x8 pixels in [0, 1]."""
+    data, test = train_set(), test_set()
     order = RandomSampler(data, generator=torch.Generator().manual_seed(seed))
     # The sampler gives whole batches of indices: one look-up each, not one per image.
     train = DataLoader(data, sampler=BatchSampler(order, batch_size, False), batch_size=None)
-    return train, DataLoader(TensorDataset(x_test, y_test), len(x_test))
-
-
-def network() -> nn.Module:
-    layers: list[nn.Module] = []
-    for channels, width, stride in ((1, 32, 1), (32, 64, 2), (64, 64, 1)):
-        layers += [nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)]
-        layers += [nn.BatchNorm2d(width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, 10))
+    return train, DataLoader(test, len(test))
 
 
 def train(

@@ -254,6 +254,7 @@ def test_delta_starts_anew_at_each_minibatch_if_asked_to(start):
         free.step(loss)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning")  # torch 2.4 inside
 def test_a_checkpointed_module_runs_twice_and_is_moved_once():
     class Checkpointed(Reader):
         def forward(self, words):
