@@ -153,6 +153,18 @@ def _hint(batch: Any) -> str:
     else:
         return f"it is a {type(batch).__name__}"
     shown = ", ".join(f"{key!r}: {type(value).__name__}" for key, value in entries[:8])
-    inputs = [k for k, v in entries if isinstance(v, Tensor) and v.is_floating_point()]
-    cure = f"; perhaps key={inputs[0]!r}" if inputs else "; name its place with key="
+    place = _floats(batch)
+    cure = f"; perhaps {_name(place)}" if place else "; name its place with key="
     return f"it is a {type(batch).__name__} with {{{shown}}}{cure}"
+
+
+def _floats(value: Any) -> Path | None:
+    """Where the first floating-point tensor is."""
+    if isinstance(value, Tensor):
+        return () if value.is_floating_point() else None
+    if not isinstance(value, Mapping | list | tuple):
+        return None
+    for key, child in value.items() if isinstance(value, Mapping) else enumerate(value):
+        if (path := _floats(child)) is not None:
+            return key, *path
+    return None

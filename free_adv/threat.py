@@ -195,7 +195,7 @@ class ThreatModel:
         if self.mean is not None and (x.ndim < 2 or len(self.mean) not in (1, x.shape[1])):
             raise ValueError(
                 f"mean and std have {len(self.mean)} entries, but the channels (dimension 1) of the "
-                f"input differ: {what}; pass one entry per channel"
+                f"input differ: {what}; pass one entry per channel, or one number each for all"
             )
         if x.numel() == 0:
             return

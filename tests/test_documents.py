@@ -2,6 +2,7 @@
 
 import ast
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,8 @@ def test_the_loops_that_the_diffs_of_the_readme_end_with_train():
 def test_a_host_needs_at_most_three_new_lines(diff):
     lines = diff.splitlines()
     for side in "-+":
-        ast.parse("\n".join(line[1:] for line in lines if line[:1] in (side, " ")))
+        code = "\n".join(line[1:] for line in lines if line[:1] in (side, " "))
+        ast.parse(textwrap.dedent(code))
     added = [line for line in lines if line[:1] == "+" and "import" not in line]
     assert 1 <= len(added) <= 3
 

@@ -44,8 +44,8 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 DRY_RUNS = [
     (r"fp16, 2 updates", "with_amp.py", "--precision", "fp16"),
     (r"bf16, 2 updates", "with_amp.py"),
-    (r"1 devices, 4 updates", "with_lightning.py", "--accelerator", "cpu", "--accumulate", "2"),
-    (r"2 devices, 4 updates", "with_lightning.py", "--accelerator", "cpu", "--devices", "2"),
+    (r"1 devices, 8 updates", "with_lightning.py", "--accelerator", "cpu", "--accumulate", "2"),
+    (r"2 devices, 8 updates", "with_lightning.py", "--accelerator", "cpu", "--devices", "2"),
     (r"1 processes, 2 epochs", "with_accelerate.py", "--cpu"),
     (r"2 processes, 2 epochs", *TORCHRUN, "with_accelerate.py", "--cpu", "--accumulate", "2"),
     (r"3 updates", "with_trainer.py", "--accumulate", "2"),

@@ -547,6 +547,8 @@ def test_bad_arguments_are_refused_by_name(arguments, error, phrase):
         ({"a": 1}, "image", ValueError, ["no key='image'", "'a': int", "with key="]),
         ((torch.rand(2, 3),), 3, ValueError, ["no key=3", "perhaps key=0"]),
         (torch.rand(2, 3), 1, ValueError, ["no key=1", "it is a Tensor"]),
+        (({"patches": torch.rand(2, 3), "valid": torch.ones(2)}, 1), "x", ValueError,
+         ["no key='x'", r"perhaps key=\(0, 'patches'\)"]),
         ((torch.rand(2, 3),), (0, 1), ValueError, [r"no key=\(0, 1\)"]),
         (([1.0, 2.0], 1), 0, TypeError, ["must be a tensor, got list"]),
         ((torch.ones(2, 3, dtype=torch.uint8),), 0, TypeError, ["torch.uint8"]),
