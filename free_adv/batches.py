@@ -96,6 +96,8 @@ def length(batch: Any) -> int:
 
 def move(batch: Any, device: torch.device) -> Any:
     """`batch` with its tensors on `device`; pinned memory is copied beside the work that is queued there."""
+    if str(device) == "cuda":  # the stream is kept for a device, and the current one may change
+        device = torch.device("cuda", torch.cuda.current_device())
     stream = _stream(device)
     asynchronous = device.type != "cpu"  # a copy to the host must have arrived when it is read
     with torch.cuda.stream(stream):

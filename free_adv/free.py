@@ -143,8 +143,8 @@ class FreeAdversarial:
             TypeError: `loss` is not a tensor.
             ValueError: `loss` is not a scalar.
         """
-        minibatch = self._flight.minibatch
         self._optimizers.demand()
+        minibatch = self._flight.settle()
         if minibatch is None or (index := minibatch.waiting) is None:
             raise RuntimeError(
                 "step() expects one call for each batch of replay(): call it once inside "

@@ -15,6 +15,9 @@ def attach(module: nn.Module, flight: Flight) -> None:
     """Perturb the output of `module` in the replays of `flight`."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"at must be a torch.nn.Module, got {type(module).__name__}")
+    for key, hook in list(module._forward_hooks.items()):
+        if isinstance(hook, Hook):  # of an older object: two would move it further than eps
+            del module._forward_hooks[key]
     module.register_forward_hook(Hook(flight))
 
 
@@ -32,6 +35,9 @@ class Hook:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
         """See `torch.nn.Module.register_forward_hook`."""
+        # Constants to a compiler, whose graph has no break in evaluation.
+        if not module.training or not torch.is_grad_enabled():
+            return None
         result: Tensor | None = self._eager(module, output)
         return result
 
@@ -39,13 +45,14 @@ class Hook:
         flight = self._flight()
         if flight is None or flight.newest is None or flight.minibatch is None:
             return None  # no loop is running
-        if not module.training or not torch.is_grad_enabled() or flight.minibatch.waiting is None:
-            return None
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"at must be a module whose output is one tensor, but {type(module).__name__} gave "
                 f"{type(output).__name__}; choose one inside it, such as its embedding layer"
             )
+        # In a backward pass it is a checkpoint that runs the module again.
+        if torch._C._current_graph_task_id() != -1:
+            return flight.minibatch.again(output)
         return flight.minibatch.inside(output)
 
     def __reduce__(self) -> tuple[type[Hook], tuple[None]]:

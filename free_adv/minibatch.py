@@ -19,7 +19,8 @@ Each batch that replay() yields needs one backward pass through its input. Look 
 - an input cut off from its graph (x.detach(), x.data, torch.tensor(x)): give the model x itself;
 - a wrapper round the replay that takes batches ahead: wrap it the other way, free.replay(wrapper);
 - several batches per optimizer step: pass FreeAdversarial(..., accumulate=<that number>);
-- with at=module: a forward pass without that module, by a copy of it, or with it in eval mode."""
+- with at=module: a forward pass without that module, by a copy of it, with it in eval mode, after the
+  loop was left, or compiled before FreeAdversarial was made (torch._dynamo.reset() once)."""
 
 
 @dataclasses.dataclass
@@ -46,15 +47,15 @@ class Flight:
         self.newest = object()
         return self.newest
 
-    def settle(self) -> None:
-        """Take in the gradients that a loop has left by its last backward pass, before a `break`."""
+    def settle(self) -> Minibatch | None:
+        """Take in the gradients that the loop's own backward passes have left; what is in flight."""
         if self.minibatch is not None:
             self.minibatch.take_in()
+        return self.minibatch
 
     def state_dict(self) -> dict[str, Any]:
         """See `FreeAdversarial.state_dict`."""
-        self.settle()
-        minibatch = self.minibatch
+        minibatch = self.settle()
         return {
             "version": 1,
             "settings": self._settings(),
@@ -117,6 +118,7 @@ class Minibatch:
         self.batches = batches
         self.done = done
         self.slots: list[Slot] = []
+        self.moved: Slot | None = None  # of the last forward pass of the module `at`
         self.inputs: list[Tensor] = []
         self.rows: list[Rows] = []
         if not flight.inside:
@@ -146,6 +148,7 @@ class Minibatch:
         index = len(self.slots) % len(self.batches)
         batch, slot = self.batches[index], Slot()
         self.slots.append(slot)
+        self.moved = None
         if self.flight.inside:
             return tree_map(Tensor.clone, batch)
         x = self.inputs[index]
@@ -157,15 +160,28 @@ class Minibatch:
         """`output` of the module `at`, moved by the delta of the first batch that waits for a gradient."""
         perturbation = self.flight.perturbation
         index = self.waiting
+        self.moved = slot = Slot() if index is None else self.slots[index]
         if index is None:
             return output
-        slot, first = self.slots[index], index - index % len(self.batches)
+        first = index - index % len(self.batches)
         peers = [rows for peer in self.slots[first:index] for rows in peer.leaves]
         rows = perturbation.place(output, peers)
         if rows not in slot.leaves and self.done == first == 0:
             perturbation.begin([rows])
         self.flight.latest = (output.detach(), rows)
         return slot.perturb(perturbation, output, rows)
+
+    def again(self, output: Tensor) -> Tensor:
+        """`output` moved as it was in the forward pass, for a checkpoint that runs the module again."""
+        if self.moved is None:
+            raise RuntimeError(
+                "the module given as at ran without gradients in the forward pass and with them in the "
+                "backward pass; checkpoint it with use_reentrant=False"
+            )
+        for rows in self.moved.leaves:
+            if rows.key[0] == output.shape[1:] and rows.stop - rows.start == len(output):
+                return self.moved.perturb(self.flight.perturbation, output, rows)
+        return output
 
     def take_in(self) -> None:
         """Move delta along the gradients of all replays that have received theirs."""

@@ -85,7 +85,7 @@ class _Source:
         self.loader = loader
         self.flight = flight
         self.batches = iter(loader)
-        self.left = length_hint(loader, 0)
+        self.left = length_hint(loader, 0) if flight.accumulate > 1 else 0  # no other needs it
         self.ended = False
 
     def read(self) -> Minibatch | None:
@@ -116,11 +116,14 @@ class _Source:
 
 def _unsharded(loader: Any) -> bool:
     """Whether there are several ranks, and nothing but a dataset of its own could give each its share."""
+    # Beside a batch sampler of the user's, the loader's own `sampler` says nothing.
+    batches = getattr(loader, "batch_sampler", None)
+    sampler = getattr(loader if batches is None else batches, "sampler", None)
     return (
         distributed.is_available()
         and distributed.is_initialized()
         and distributed.get_world_size() > 1
         and type(loader) is DataLoader
-        and type(loader.sampler) in (RandomSampler, SequentialSampler)
-        and type(loader.batch_sampler) in (BatchSampler, type(None))
+        and type(sampler) in (RandomSampler, SequentialSampler)
+        and type(batches) in (BatchSampler, type(None))
     )

@@ -43,6 +43,12 @@ def test_after_the_first_replay_no_value_is_read_and_no_constant_is_made(norm, s
     assert not {"_local_scalar_dense", "is_nonzero", "lift_fresh"} & set(operators.names)
 
 
+def test_a_replay_clones_what_stands_beside_the_input_and_not_the_input():
+    with Operators() as operators:
+        next(iter(FreeAdversarial(eps=0.1, bounds=None).replay(batches((4,)))))
+    assert operators.names.count("clone") == 1  # the labels
+
+
 def test_device_copies_a_batch_once_for_all_its_replays():
     copies = []
     for replays in (1, 6):

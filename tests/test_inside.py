@@ -3,6 +3,8 @@
 import copy
 import gc
 import io
+import itertools
+import weakref
 
 import pytest
 import torch
@@ -118,6 +120,26 @@ def test_step_and_a_loop_with_its_own_backward_pass_agree():
         sgd.step()
     assert torch.equal(free.state_dict()["delta"][1], loader_only.state_dict()["delta"][1])
     assert torch.equal(model.embedding.weight, other.embedding.weight)
+
+
+@pytest.mark.parametrize("start", ["carry", "zero", "uniform"])
+@pytest.mark.parametrize("short", [1, 2])
+def test_a_window_over_the_replays_of_a_short_group_keeps_to_the_rows_of_the_group(short, start):
+    model, _, free = reader(optimizer=False, accumulate=3, start=start)
+    used = [[] for _ in range(short)]
+    replay, left = iter(free.replay(texts((5,) * short))), 3 * short
+    while left:
+        window = list(itertools.islice(replay, min(left, 3)))
+        for i, batch in enumerate(window):
+            loss_of(model, batch).backward()
+            used[(3 * short - left + i) % short].append(free.delta)
+        left -= len(window)
+    state = free.state_dict()["delta"]
+    assert [len(d) for d in state] == [4 * short]
+    for slot, deltas in enumerate(used):
+        if short == 1:  # all three were moved before a gradient was taken in
+            assert torch.equal(deltas[0], deltas[1])
+        assert not torch.equal(state[0][4 * slot : 4 * slot + 4], deltas[-1])
 
 
 def test_it_is_active_only_between_a_batch_and_its_gradient():
@@ -271,8 +293,9 @@ def test_a_checkpointed_module_runs_twice_and_is_moved_once():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_a_module_that_runs_twice_gets_the_same_delta_twice():
-    model, _, free = reader()
+@pytest.mark.parametrize("start", ["carry", "uniform"])
+def test_a_module_that_runs_twice_gets_the_same_delta_twice(start):
+    model, _, free = reader(start=start)
     seen = []
     model.embedding.register_forward_hook(lambda module, arguments, out: seen.append(out))
     for batch in free.replay(texts((5,))):
@@ -342,3 +365,139 @@ def test_what_is_no_module_or_has_no_tensor_for_output_is_refused():
         with pytest.raises(TypeError, match="LSTM gave tuple; choose one inside it"):
             recurrent(torch.zeros(5, 1, 6))
         break
+
+
+def test_what_is_yielded_is_fresh_in_every_replay():
+    loader = texts((5,))
+    model, _, free = reader()
+    for batch in free.replay(loader):
+        assert torch.equal(batch["words"], texts((5,))[0]["words"])
+        free.step(loss_of(model, batch))
+        batch["words"].zero_()
+        batch["label"].zero_()
+
+
+def test_unequal_micro_batches_equal_one_large_batch():
+    small = [texts((5,), 4)[0], {k: v[:1] for k, v in texts((5,), 4)[0].items()}]
+    large = [{k: torch.cat([b[k] for b in small]) for k in small[0]}]
+    model, _, free = reader()
+    other, _, grouped = reader(accumulate=2)
+    for batch in free.replay(large):
+        free.step(loss_of(model, batch))
+    for batch in grouped.replay(small):
+        grouped.step(loss_of(other, batch))
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning")  # torch 2.4 inside
+@pytest.mark.parametrize("backwards", [1, 2])
+def test_checkpointed_calls_of_two_shapes_are_moved_again_as_they_were(backwards):
+    class Twice(Reader):
+        def part(self, words):
+            return self.head(self.embedding(words).mean(1))
+
+        def forward(self, words):
+            parts = (words, torch.cat([words, words], 1))
+            if self.checkpointed:
+                return sum(checkpoint(self.part, p, use_reentrant=False) for p in parts)
+            return sum(self.part(p) for p in parts)
+
+    results = []
+    for checkpointed in (False, True):
+        model = Twice()
+        model.checkpointed = checkpointed
+        sgd = torch.optim.SGD(model.parameters(), 0.1)
+        free = FreeAdversarial(eps=0.3, norm="l2", at=model.embedding)
+        for batch in free.replay(texts()):
+            sgd.zero_grad()
+            loss = loss_of(model, batch)
+            for again in reversed(range(backwards)):
+                loss.backward(retain_graph=again > 0)
+            sgd.step()
+        results.append([*model.parameters(), *free.state_dict()["delta"]])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning")  # torch 2.4 inside
+def test_a_reentrant_checkpoint_whose_forward_pass_was_not_moved_is_refused():
+    model = Reader()
+    free = FreeAdversarial(eps=0.3, at=model.head[0])
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        for batch in free.replay(texts()):
+            embedded = model.embedding(batch["words"]).mean(1)
+            logits = checkpoint(model.head, embedded, use_reentrant=True)
+            functional.cross_entropy(logits, batch["label"]).backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning")  # torch 2.4 inside
+def test_a_checkpoint_between_a_step_and_the_next_batch_is_left_alone():
+    model, _, free = reader()
+    for batch in free.replay(texts((5, 5))):
+        free.step(loss_of(model, batch))
+        grads = []
+        for forward in (
+            lambda words: checkpoint(
+                lambda w: model.embedding(w).square(), words, use_reentrant=False
+            ),
+            lambda words: model.embedding.weight[words].square(),
+        ):
+            model.zero_grad()
+            forward(batch["words"]).sum().backward()
+            grads.append(model.embedding.weight.grad)
+        torch.testing.assert_close(*grads, atol=1e-12, rtol=0)
+
+
+def test_only_the_newest_object_perturbs_a_module():
+    model, _, old = reader(optimizer=False)
+    left = iter(old.replay(texts((5,))))
+    for batch in left:
+        loss_of(model, batch).backward()
+        break
+    batch = next(left)  # a cell that failed here would keep this iterator alive
+    free = FreeAdversarial(eps=0.1, norm="l2", at=model.embedding, start="uniform")
+    for batch in free.replay(texts((5,))):
+        loss = loss_of(model, batch)
+        moved = (free.clean - model.embedding.weight[batch["words"]]).abs().max()
+        assert moved == 0
+        loss.backward()
+
+
+def test_the_move_keeps_nothing_for_the_backward_pass():
+    model, _, free = reader(bounds=(-9, 9))
+    kept = []
+    for batch in free.replay(texts((5,))):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            model.embedding(batch["words"])
+        assert [t.dtype for t in kept] == [torch.int64]  # the words, for the embedding
+        free.step(loss_of(model, batch))
+
+
+def test_what_is_kept_of_an_object_that_is_gone_is_nothing():
+    model, _, free = reader()
+    for batch in free.replay(texts((5,))):
+        free.step(loss_of(model, batch))
+    delta = weakref.ref(free._flight.perturbation)
+    del free
+    gc.collect()
+    assert delta() is None
+
+
+def test_a_loader_may_run_the_module_itself():
+    model, _, free = reader()
+
+    def source():
+        for batch in texts():
+            assert torch.equal(model(batch["words"]), plain(model, batch["words"]))
+            yield batch
+
+    for batch in free.replay(source()):
+        free.step(loss_of(model, batch))
+
+
+def test_what_is_kept_of_the_latest_output_has_no_graph():
+    model, _, free = reader()
+    for batch in free.replay(texts((5,))):
+        free.step(loss_of(model, batch))
+        assert not free._flight.latest[0].requires_grad

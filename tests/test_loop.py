@@ -277,6 +277,17 @@ def test_the_newest_replay_wins_and_the_older_one_says_so():
     assert in_ball(free)
 
 
+def test_an_older_replay_that_ends_leaves_the_newest_alone():
+    model = network()
+    free = free_for(model)
+    old, replay = iter(free.replay(batches())), iter(free.replay(batches()))
+    next(old)
+    x, y = next(replay)
+    old.close()
+    free.step(loss_of(model, x, y))
+    next(replay)
+
+
 def test_two_objects_side_by_side_do_not_meet():
     models = [network(), network()]
     frees = [free_for(models[0]), free_for(models[1])]
@@ -303,6 +314,119 @@ def test_a_loader_that_raises_leaves_a_usable_object():
             free.step(loss_of(model, x, y))
     for x, y in free.replay(batches()):
         free.step(loss_of(model, x, y))
+
+
+def test_a_new_replay_takes_in_what_the_last_one_had_left():
+    model = network()
+    free = FreeAdversarial(eps=0.1)
+    for x, y in free.replay(batches()):
+        loss_of(model, x, y).backward()
+        break
+    assert (free.delta == 0).all()
+    next(iter(free.replay(batches())))
+    assert (free.delta != 0).any()
+
+
+def test_a_batch_may_be_taken_where_gradients_are_off():
+    replay = iter(FreeAdversarial(eps=0.1).replay(batches()))
+    with torch.no_grad():
+        x, _ = next(replay)
+    assert x.requires_grad
+
+
+def test_an_input_that_wants_a_gradient_of_its_own_gets_none():
+    clean = torch.rand(4, 2, 5, 5, requires_grad=True)
+    for (x,) in FreeAdversarial(eps=0.1).replay([(clean,)]):
+        x.sum().backward()
+    assert clean.grad is None
+
+
+def test_delta_and_clean_are_those_of_the_latest_micro_batch():
+    model = network()
+    free = free_for(model, accumulate=2, start="uniform")
+    for i, (x, y) in enumerate(free.replay(loader := batches((4, 4)))):
+        assert torch.equal(free.clean, loader[i % 2][0])
+        torch.testing.assert_close((free.clean + free.delta).clamp(0, 1), x.detach())
+        free.step(loss_of(model, x, y))
+
+
+def test_the_share_of_a_micro_batch_is_that_of_its_inputs():
+    loader = [(torch.ones(3), x, y) for x, y in batches((8, 3), torch.float64)]
+    one, two = network(torch.float64), network(torch.float64)
+    plain = free_for(one, accumulate=2)
+    for x, y in plain.replay([batch[1:] for batch in loader]):
+        plain.step(loss_of(one, x, y))
+    free = free_for(two, accumulate=2, key=1)
+    for _, x, y in free.replay(loader):
+        free.step(loss_of(two, x, y))
+    assert torch.equal(one[0].weight, two[0].weight)
+
+
+def test_a_group_of_empty_batches_passes():
+    model = network()
+    free = free_for(model, accumulate=2)
+    for x, _ in free.replay(batches((0, 0))):
+        free.step(model(x).sum())
+
+
+@pytest.mark.parametrize("sizes", [(4,), (4, 4)])
+def test_step_goes_on_where_gradients_of_the_loops_own_have_arrived(sizes):
+    model = network()
+    free = free_for(model, replays=3, accumulate=3)
+    window = list(itertools.islice(free.replay(batches(sizes)), 3))
+    for x, y in window[: len(sizes)]:
+        loss_of(model, x, y).backward()
+    before = model[0].weight.detach().clone()
+    for x, y in window[len(sizes) : 2 * len(sizes)]:
+        free.step(loss_of(model, x, y))
+    assert torch.equal(model[0].weight, before) == (len(sizes) == 2)
+
+
+class NotSaying:
+    """A loader that knows no length and says so as some streams do."""
+
+    def __iter__(self):
+        return iter(batches())
+
+    def __len__(self):
+        raise NotImplementedError
+
+
+def test_a_loader_is_not_asked_for_its_length_where_none_is_needed():
+    for x, _ in FreeAdversarial(eps=0.1).replay(NotSaying()):
+        x.sum().backward()
+
+
+@pytest.mark.parametrize("sizes", [(4,), (4, 4)])
+def test_step_moves_the_weights_at_the_end_of_each_group_in_a_window_too(sizes):
+    model = network()
+    free = free_for(model, replays=3, accumulate=3)
+    replay, moved = iter(free.replay(batches(sizes))), []
+    for _ in range(len(sizes)):
+        for x, y in itertools.islice(replay, 3):
+            before = model[0].weight.detach().clone()
+            free.step(loss_of(model, x, y))
+            moved.append(not torch.equal(model[0].weight, before))
+    assert moved == [i % len(sizes) == len(sizes) - 1 for i in range(3 * len(sizes))]
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")  # of cycles, cut here
+def test_a_backward_pass_that_makes_a_graph_leaves_none_in_delta():
+    free = FreeAdversarial(eps=0.1)
+    for x, _ in free.replay(batches()):
+        weight = torch.ones((), requires_grad=True)
+        (x * weight).square().sum().backward(create_graph=True)
+        weight.grad = None
+    assert not free.delta.requires_grad
+
+
+def test_every_batch_of_a_full_group_must_have_its_gradient_before_the_next_replay():
+    model = network()
+    replay = iter(FreeAdversarial(eps=0.1, accumulate=2).replay(batches((4, 4))))
+    next(replay)
+    loss_of(model, *next(replay)).backward()
+    with pytest.raises(RuntimeError, match="replay 1 of 4 received no gradient"):
+        next(replay)
 
 
 # Mixed precision, and gradients that are not finite.

@@ -18,9 +18,11 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     DistributedSampler,
     IterableDataset,
+    SequentialSampler,
     TensorDataset,
     WeightedRandomSampler,
 )
@@ -149,15 +151,29 @@ class Stream(IterableDataset):
         return iter(dataset())
 
 
+class Halves(BatchSampler):
+    def __iter__(self):
+        return itertools.islice(super().__iter__(), distributed.get_rank(), None, 2)
+
+
 PLAIN = {
     "in order": lambda: DataLoader(dataset(), 4),
     "shuffled": lambda: DataLoader(dataset(), 4, shuffle=True, drop_last=True),
+    "batches in order": lambda: DataLoader(
+        dataset(), batch_sampler=BatchSampler(SequentialSampler(dataset()), 4, False)
+    ),
     "without batches": lambda: DataLoader(dataset(), None),
 }
 SPLIT = {
     "DistributedSampler": lambda: shard(0, 2),
     "a sampler of its own": lambda: DataLoader(
         dataset(), 4, sampler=WeightedRandomSampler(torch.ones(20), 20)
+    ),
+    "batches of a sampler of its own": lambda: DataLoader(
+        dataset(), batch_sampler=BatchSampler(DistributedSampler(dataset(), 2, 0), 4, False)
+    ),
+    "a batch sampler of its own": lambda: DataLoader(
+        dataset(), batch_sampler=Halves(range(20), 4, False)
     ),
     "a stream": lambda: DataLoader(Stream(), 4),
     "a list": batches,
@@ -355,5 +371,10 @@ def test_a_loader_that_accelerate_has_prepared_is_not_warned_of(name, ranks):
     assert [results["warnings", name] for results in ranks] == [(name, 2, [])] * 2
 
 
-def test_one_process_is_not_warned():
+def test_one_process_is_not_warned(tmp_path):
     assert not any(warnings_of(make()) for make in PLAIN.values())
+    distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert not any(warnings_of(make()) for make in PLAIN.values())
+    finally:
+        distributed.destroy_process_group()

@@ -109,3 +109,29 @@ def test_a_state_that_is_none_is_refused_and_nothing_is_changed():
     with pytest.raises(ValueError, match="no key=0"):
         free.load_state_dict({**before, "delta": [], "minibatch": [{"x": 1}]})
     assert torch.equal(free.state_dict()["delta"][0], before["delta"][0])
+
+
+def test_loading_ends_the_loop_that_runs_and_forgets_its_latest_batch():
+    _, _, free = make()
+    state = free.state_dict()
+    replay = iter(free.replay(batches()))
+    next(replay)
+    free.load_state_dict(state)
+    assert free.delta is free.clean is None
+    with pytest.raises(RuntimeError, match="replaced by a newer one"):
+        next(replay)
+
+
+def test_the_minibatch_of_a_state_is_replayed_by_the_first_loop_alone():
+    model, _, free = make()
+    replay = iter(free.replay(batches()))
+    x, y = next(replay)
+    free.step(functional.cross_entropy(model(x), y))
+    free.load_state_dict(free.state_dict())
+    for expected in (2 + 9, 9):
+        replay = free.replay(batches())
+        for x, y in replay:  # a first look at it, and away
+            free.step(functional.cross_entropy(model(x), y))
+            break
+        state = free.state_dict()
+        assert state["done"] == (2 if expected == 11 else 1)
