@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
@@ -58,7 +59,8 @@ def put(batch: Any, path: Path, x: Tensor) -> Any:
         if not isinstance(value, list | MutableMapping):
             value = copy.copy(value)  # an object of the user's own: tree_map left it as it was
         if isinstance(key, str) and not isinstance(value, Mapping) and hasattr(value, key):
-            setattr(value, key, child)
+            frozen = dataclasses.is_dataclass(value)
+            (object.__setattr__ if frozen else setattr)(value, key, child)
         else:
             value[key] = child
         return value
@@ -67,7 +69,7 @@ def put(batch: Any, path: Path, x: Tensor) -> Any:
 
 
 def tree_map(fn: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """`fn` of every tensor, in fresh tuples, lists and mappings of the same types."""
+    """`fn` of every tensor, in fresh tuples, lists, mappings and dataclasses of the same types."""
     if isinstance(value, Tensor):
         return fn(value)
     if isinstance(value, MutableMapping):
@@ -79,6 +81,11 @@ def tree_map(fn: Callable[[Tensor], Tensor], value: Any) -> Any:
         return type(value)({key: tree_map(fn, v) for key, v in value.items()})  # type: ignore[call-arg]
     if isinstance(value, list | tuple):
         return _like(value, [tree_map(fn, v) for v in value])
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        twin: Any = copy.copy(value)
+        for field in dataclasses.fields(value):  # also of a frozen one
+            object.__setattr__(twin, field.name, tree_map(fn, getattr(value, field.name)))
+        return twin
     return value
 
 

@@ -20,10 +20,16 @@ from tests.reference import batches, network
 Pair = collections.namedtuple("Pair", "image label")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sample:
     image: torch.Tensor
     label: torch.Tensor
+
+
+class Record:
+    def __init__(self, image, label):
+        self.image = image
+        self.label = label
 
 
 def free_for(model, lr=0.1, **arguments):
@@ -46,6 +52,7 @@ STRUCTURES = [
     ("image", Pair, lambda b: (b.image, b.label)),
     (0, Pair, lambda b: (b[0], b[1])),
     ("image", Sample, lambda b: (b.image, b.label)),
+    ("image", Record, lambda b: (b.image, b.label)),
     ("x", lambda x, y: {"x": x, "y": y}, lambda b: (b["x"], b["y"])),
     ("x", lambda x, y: collections.OrderedDict(x=x, y=y), lambda b: (b["x"], b["y"])),
     ("x", lambda x, y: collections.UserDict(x=x, y=y), lambda b: (b["x"], b["y"])),
@@ -161,6 +168,20 @@ def test_changing_a_batch_in_place_reaches_neither_the_next_replay_nor_delta():
     assert (free.delta != 0).any()
     assert torch.equal(loader[0]["x"], kept[0]["x"])
     assert torch.equal(loader[0]["extra"][0], kept[0]["extra"][0])
+
+
+def test_a_dataclass_is_fresh_in_every_replay_and_moved_to_the_device():
+    model = network()
+    free = free_for(model, key="image")
+    x, y = batches((4,))[0]
+    for batch in free.replay([Sample(x, y)]):
+        assert torch.equal(batch.label, batches((4,))[0][1])
+        free.step(loss_of(model, batch.image, batch.label))
+        batch.label.zero_()
+    assert torch.equal(y, batches((4,))[0][1])
+    moved = FreeAdversarial(eps=0.1, key="image", device="meta", bounds=None)
+    moved._flight.perturbation.load([torch.zeros(4, 2, 5, 5)])
+    assert next(iter(moved.replay([Sample(x, y)]))).label.device.type == "meta"
 
 
 def test_what_is_yielded_is_no_leaf_and_costs_no_copy():
