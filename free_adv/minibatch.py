@@ -129,9 +129,7 @@ class Minibatch:
     @property
     def left(self) -> bool:
         """Whether there are batches to yield."""
-        return self.done * len(self.batches) + len(self.slots) < self.flight.replays * len(
-            self.batches
-        )
+        return len(self.slots) < (self.flight.replays - self.done) * len(self.batches)
 
     @property
     def waiting(self) -> int | None:
