@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import copy
 import itertools
 import math
 import pickle
@@ -15,6 +16,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from free_adv import FreeAdversarial
+from free_adv.batches import length
 from tests.reference import batches, network
 
 Pair = collections.namedtuple("Pair", "image label")
@@ -254,6 +256,22 @@ def test_last_tells_the_batches_after_which_the_weights_move():
         free.step(loss_of(model, x, y))
         assert torch.equal(before, model[0].weight) != told[-1]
     assert told == [False, True, False, True, True, True]
+
+
+def test_last_holds_for_each_replay_of_a_short_group_that_is_taken_ahead():
+    free = FreeAdversarial(eps=0.1, replays=3, accumulate=3)
+    replay = iter(free.replay(batches((4,))))
+    assert [(next(replay), free.last)[1] for _ in range(3)] == [True] * 3
+
+
+def test_a_batch_is_as_long_as_its_first_tensor():
+    given = [(torch.tensor(2.0), torch.ones(5)), (torch.ones(3), torch.ones(5)), {"a": 1}]
+    assert [length(batch) for batch in given] == [1, 3, 1]
+
+
+def test_a_replay_can_be_copied_and_pickled():
+    replay = FreeAdversarial(eps=0.1, replays=2).replay(batches())
+    assert len(copy.copy(replay)) == len(pickle.loads(pickle.dumps(replay))) == len(replay) == 6
 
 
 # Loops that end early.
