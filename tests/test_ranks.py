@@ -173,7 +173,7 @@ SPLIT = {
         dataset(), batch_sampler=BatchSampler(DistributedSampler(dataset(), 2, 0), 4, False)
     ),
     "a batch sampler of its own": lambda: DataLoader(
-        dataset(), batch_sampler=Halves(range(20), 4, False)
+        dataset(), batch_sampler=Halves(SequentialSampler(dataset()), 4, False)
     ),
     "a stream": lambda: DataLoader(Stream(), 4),
     "a list": batches,
