@@ -57,10 +57,10 @@ def put(batch: Any, path: Path, x: Tensor) -> Any:
         if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
             return type(value)({**value, key: child})  # type: ignore[call-arg]
         if not isinstance(value, list | MutableMapping):
-            value = copy.copy(value)  # an object of the user's own: tree_map left it as it was
+            value = copy.copy(value)  # tree_map leaves an object of the user's own as it was
         if isinstance(key, str) and not isinstance(value, Mapping) and hasattr(value, key):
-            frozen = dataclasses.is_dataclass(value)
-            (object.__setattr__ if frozen else setattr)(value, key, child)
+            assign = object.__setattr__ if dataclasses.is_dataclass(value) else setattr  # if frozen
+            assign(value, key, child)
         else:
             value[key] = child
         return value

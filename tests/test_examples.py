@@ -71,7 +71,8 @@ def dry_runs():
 
 
 @pytest.mark.parametrize(
-    ("expected", "command"), [(e, c) for e, *c in DRY_RUNS], ids=lambda v: v[-1]
+    ("expected", "command"),
+    [pytest.param(e, c, id=" ".join(c[-3:])) for e, *c in DRY_RUNS],
 )
 def test_the_script_of_each_host_runs(expected, command, dry_runs):
     if "with_fsdp.py" in command and not hasattr(torch.distributed.fsdp, "fully_shard"):
