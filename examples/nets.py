@@ -50,15 +50,45 @@ class PreActResNet(nn.Module):
         return self.head(self.features(x))
 
 
-def create(name: str, classes: int, activation: str = "relu") -> nn.Module:
-    """A network with random weights.
+class Standardise(nn.Module):
+    """Subtract the mean and divide by the standard deviation of each channel."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values).reshape(-1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+def cnn(width: int, classes: int, act: type[nn.Module]) -> nn.Module:
+    """Four convolutions that a CPU can train: 12 million multiplications for a 32x32 image at width 32."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for out, stride in ((width, 2), (2 * width, 1), (2 * width, 2), (4 * width, 1)):
+        layers += [nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), act()]
+        channels = out
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)
+    )
+
+
+def create(
+    name: str, classes: int, activation: str = "relu", pretrained: bool = False
+) -> nn.Module:
+    """A network with random weights, or timm's pretrained ones.
 
     Args:
-        name: "resnet18" (with a 3x3 stem), "preactresnet18", "wrn-<depth>-<width>", or any of timm's. What the
-            paper calls WRN-32-10, with 5 blocks a stage, is "wrn-34-10" by the usual count.
+        name: "resnet18" (with a 3x3 stem), "preactresnet18", "wrn-<depth>-<width>", "cnn-<width>", or any of timm's.
+            What the paper calls WRN-32-10, with 5 blocks a stage, is "wrn-34-10" by the usual count.
         classes: The number of outputs.
         activation: "relu", "silu" or "gelu"; timm's models keep their own.
+        pretrained: Download timm's weights; for timm's models only.
     """
+    ours = re.fullmatch(r"wrn-\d+-\d+|cnn-\d+|preactresnet18|resnet18", name)
+    if pretrained and ours:
+        raise ValueError(f"there are no pretrained weights for {name}; use a name of timm's")
     act = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}[activation]
     if wide := re.fullmatch(r"wrn-(\d+)-(\d+)", name):
         depth, width = map(int, wide.groups())
@@ -67,6 +97,8 @@ def create(name: str, classes: int, activation: str = "relu") -> nn.Module:
         return PreActResNet(
             16, [16 * width, 32 * width, 64 * width], (depth - 4) // 6, classes, act
         )
+    if small := re.fullmatch(r"cnn-(\d+)", name):
+        return cnn(int(small[1]), classes, act)
     if name == "preactresnet18":
         return PreActResNet(64, [64, 128, 256, 512], 2, classes, act)
     if name == "resnet18":
@@ -74,7 +106,7 @@ def create(name: str, classes: int, activation: str = "relu") -> nn.Module:
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         model.maxpool = nn.Identity()
         return model
-    return timm.create_model(name, pretrained=False, num_classes=classes)
+    return timm.create_model(name, pretrained=pretrained, num_classes=classes)
 
 
 def augment(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,70 @@
+"""What an experiment writes to disk: checkpoints that a kill cannot tear, and results that say how they were made."""
+
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import free_adv
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """`torch.save`, so that at any moment `path` holds the old state or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    with new.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What `save` wrote; only tensors and plain values are accepted."""
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """A result as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    new.write_text(json.dumps(record, indent=1) + "\n")
+    new.replace(path)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of torch's global generators."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Go on from a `random_state`."""
+    torch.set_rng_state(state["cpu"].cpu())
+    for index, one in enumerate(state["cuda"]):
+        torch.cuda.set_rng_state(one.cpu(), index)
+
+
+def environment(device: torch.device | str) -> dict[str, Any]:
+    """Machine kind, versions and commit, for the record."""
+    device = torch.device(device)
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "machine": gpu or f"{platform.machine()} CPU",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "free_adv": free_adv.__version__,
+        "commit": commit,
+    }
