@@ -25,13 +25,14 @@ def pgd(
     steps: int = 20,
     step_size: float | None = None,
     restarts: int = 1,
+    loss: str = "ce",
     random_start: bool = True,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Adversarial examples by projected gradient descent (Madry et al. 2018, arXiv 1706.06083).
 
-    Each step moves along the steepest ascent of the cross-entropy inside the threat model, and projects onto
-    the ball and the bounds. The model runs in evaluation mode and is left as it was found: its mode,
+    Each step moves along the steepest ascent of the loss inside the threat model, and projects onto the
+    ball and the bounds. The model runs in evaluation mode and is left as it was found: its mode,
     parameter gradients, batch-norm statistics, and the global random state.
 
     Args:
@@ -42,7 +43,9 @@ def pgd(
         steps: Gradient steps of each restart.
         step_size: Length of a step in pixel units. None means `2.5 * eps / steps`, enough to cross the ball.
         restarts: How many starts are tried; of each sample the first example that fools the model is
-            kept, else that with the largest loss.
+            kept, and no other start tried, else that with the largest loss.
+        loss: What ascends: "ce", the cross-entropy, or "cw", the margin `max_{j != y} z_j - z_y` of the logits
+            (Carlini & Wagner 2017, arXiv 1608.04644).
         random_start: Start from a uniform draw from the ball; otherwise from `x` itself.
         generator: Source of the random starts. None draws the same ones at each call, from
             `torch.initial_seed()`. Give training its own generator.
@@ -63,35 +66,53 @@ def pgd(
     """
     steps, restarts = count("steps", steps), count("restarts", restarts)
     size = 2.5 * threat.eps / steps if step_size is None else positive("step_size", step_size)
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be 'ce' or 'cw', got {loss!r}")
     threat.check(x)
     if generator is None:
         generator = torch.Generator(x.device).manual_seed(torch.initial_seed())
     x = x.detach()
-    best, worst = x.clone(), None
+    best, worst = x.clone(), torch.full((len(x),), -torch.inf, device=x.device)
+    left = torch.arange(len(x), device=x.device)  # those that no start has fooled
     with undisturbed(model, x.device):
         for _ in range(restarts):
             delta = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
             if random_start:
                 threat.randomise(delta, generator)
-            x_adv = threat.perturb(x, delta)
+            rest, labels = (x, y) if len(left) == len(x) else (x[left], y[left])
+            x_adv = threat.perturb(rest, delta[left])
             for _ in range(steps):
                 x_adv.requires_grad_()
-                loss = functional.cross_entropy(model(x_adv), y, reduction="sum")
-                (grad,) = torch.autograd.grad(loss, x_adv)
+                (grad,) = torch.autograd.grad(LOSSES[loss](model(x_adv), labels).sum(), x_adv)
                 x_adv = x_adv.detach()
-                delta = threat.displacement(x, x_adv)  # after the bounds
+                delta = threat.displacement(rest, x_adv)  # after the bounds
                 threat.ascend(delta, grad, size)
-                x_adv = threat.perturb(x, delta)
+                x_adv = threat.perturb(rest, delta)
             if restarts == 1:
                 return x_adv
             with torch.no_grad():
                 logits = model(x_adv)
-                loss = functional.cross_entropy(logits, y, reduction="none")
-            loss[logits.argmax(1) != y] = torch.inf  # fooled: no later restart can do better
-            better = loss > worst if worst is not None else torch.ones_like(loss, dtype=torch.bool)
-            worst = loss if worst is None else torch.where(better, loss, worst)
-            best[better] = x_adv[better]
+            found = LOSSES[loss](logits, labels).to(worst.dtype)
+            fooled = logits.argmax(1) != labels
+            better = fooled | (found > worst[left])
+            best[left[better]] = x_adv[better]
+            worst[left] = torch.maximum(found, worst[left])
+            left = left[~fooled]
+            if not len(left):
+                break
     return best
+
+
+def _margin(logits: Tensor, y: Tensor) -> Tensor:
+    rivals = logits.scatter(1, y[:, None], -torch.inf)
+    return rivals.max(1).values - logits.gather(1, y[:, None])[:, 0]
+
+
+def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    return functional.cross_entropy(logits, y, reduction="none")
+
+
+LOSSES = {"ce": _cross_entropy, "cw": _margin}
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from free_adv.attack import Model, pgd, undisturbed
 from free_adv.threat import ThreatModel
@@ -34,14 +35,17 @@ class Evaluation:
     threat: ThreatModel
 
     def __str__(self) -> str:
-        """For example `clean 84.30 %  robust 46.20 %  PGD steps=20 restarts=1  linf eps=8/255  10000 images`."""
+        """For example `clean 84.30%  robust 46.20%  PGD steps=20 restarts=1  linf eps=8/255  10000 images`.
+
+        Rows are as wide as one another, so that several printed in turn are a table.
+        """
         levels = self.threat.eps * 255
         eps = (
             f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-6 else f"{self.threat.eps:g}"
         )
         return (
-            f"clean {self.clean:7.2%}  robust {self.robust:7.2%}  {self.attack}  "
-            f"{self.threat.norm} eps={eps}  {self.count} images"
+            f"clean {self.clean:7.2%}  robust {self.robust:7.2%}  {self.attack:<34}  "
+            f"{self.threat.norm} eps={eps:<7}  {self.count} images"
         )
 
 
@@ -52,23 +56,32 @@ def evaluate(
     *,
     steps: int = 20,
     restarts: int = 1,
+    loss: str = "ce",
     attack: Attack | str | None = None,
+    autocast: torch.dtype | None = None,
+    sharded: bool = False,
     device: torch.device | str | int | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Clean and robust accuracy of a classifier over a loader.
 
     The model runs in evaluation mode and is left as it was found: its mode, parameter gradients,
-    batch-norm statistics, and the global random state. The same call gives the same numbers.
+    batch-norm statistics, and the global random state. The same call gives the same numbers. Only
+    images that the model classifies correctly are attacked.
 
     Args:
         model: Maps a batch to logits of shape (N, classes).
         loader: Yields batches `(x, y)`: inputs of shape (N, ...), class indices of shape (N,).
         threat: The threat model, in pixel units, with `mean` and `std` if the loader normalises.
         steps: Gradient steps of PGD.
-        restarts: Random starts of PGD; the worst counts.
+        restarts: Random starts of PGD; the worst counts, and an image once fooled is not attacked again.
+        loss: What PGD ascends: "ce", the cross-entropy, or "cw", the margin loss; see `pgd`.
         attack: None for `pgd`; "autoattack" for the standard AutoAttack (Croce & Hein 2020, the `eval`
             extra); or any `(model, x, y) -> x_adv`, in the units of the loader.
+        autocast: Run the model under `torch.autocast` of this type, such as `torch.bfloat16`. None means in the
+            model's own precision, also inside an autocast block.
+        sharded: Each rank's loader yields a share of its own: add up over the process group. Every rank
+            must call, with a model that does not communicate: DDP is unwrapped, FSDP needs a full copy.
         device: Where to move the batches. None means where the model is.
         progress: Show a bar, if tqdm is installed.
 
@@ -77,6 +90,7 @@ def evaluate(
 
     Raises:
         ValueError: The loader is empty or its batches are not `(x, y)`; an attack left the threat model.
+        RuntimeError: `sharded` without a process group.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
@@ -85,37 +99,51 @@ def evaluate(
         >>> result.count, result.attack, result.robust <= result.clean
         (20, 'PGD steps=10 restarts=1', True)
     """
+    if sharded and not (distributed.is_available() and distributed.is_initialized()):
+        raise RuntimeError("sharded=True needs a process group: call init_process_group first")
+    if isinstance(model, DistributedDataParallel):  # ranks may differ in their number of passes
+        model = model.module
     if device is None and isinstance(model, nn.Module):
         device = next((p.device for p in model.parameters()), None)
     if attack is None:
-        name = f"PGD steps={steps} restarts={restarts}"
+        name = f"PGD{' (CW loss)' * (loss == 'cw')} steps={steps} restarts={restarts}"
+        settings = {"steps": steps, "restarts": restarts, "loss": loss}
         generators: dict[torch.device, torch.Generator] = {}
 
         def attack(model: Any, x: Tensor, y: Tensor) -> Tensor:
             generator = generators.setdefault(x.device, torch.Generator(x.device).manual_seed(0))
-            return pgd(model, x, y, threat, steps=steps, restarts=restarts, generator=generator)
+            return pgd(model, x, y, threat, **settings, generator=generator)  # type: ignore[arg-type]
     elif attack == "autoattack":
         name, attack = "AutoAttack standard", _autoattack(threat)
     elif callable(attack):
         name = getattr(attack, "__name__", type(attack).__name__)
     else:
         raise ValueError(f"attack must be None, 'autoattack' or callable, got {attack!r}")
+    if autocast is not None:
+        name += f" {autocast}".replace("torch.", "")
     clean = robust = count = 0
-    for batch in _bar(loader, name, progress):
+    for batch in _bar(loader, name, progress and not (sharded and distributed.get_rank())):
         if not isinstance(batch, list | tuple) or len(batch) != 2:
             raise ValueError(
                 f"the loader must yield (x, y), got a {type(batch).__name__}; "
                 "for other batches pass a generator, ((b['image'], b['label']) for b in loader)"
             )
         x, y = (t.to(device) if device is not None else t for t in batch)
-        with undisturbed(model, x.device):
+        precision = torch.autocast(x.device.type, autocast, enabled=autocast is not None)
+        with undisturbed(model, x.device), precision:
+            count += len(y)
             right = _right(model, x, y)
+            if not (n := int(right.sum())):
+                continue
+            clean += n
+            x, y = x[right], y[right]
             x_adv = attack(model, x, y).detach()
             _refuse_outside(threat, x, x_adv, name)
-            survives = right & _right(model, x_adv, y)
-        clean += int(right.sum())
-        robust += int(survives.sum())
-        count += len(y)
+            robust += int(_right(model, x_adv, y).sum())
+    if sharded:
+        totals = torch.tensor([clean, robust, count], device=device)
+        distributed.all_reduce(totals)
+        clean, robust, count = totals.tolist()
     if not count:
         raise ValueError("the loader is empty: there is nothing to evaluate on")
     return Evaluation(clean / count, robust / count, count, name, threat)

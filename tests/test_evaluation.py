@@ -3,7 +3,9 @@
 import sys
 import warnings
 
+import eagerpy as ep
 import foolbox
+import pyautoattack
 import pytest
 import torch
 from torch import nn
@@ -59,6 +61,99 @@ def test_restarts_keep_the_worst_of_their_starts():
     assert not torch.equal(losses[-1][expected], worst)  # the last start alone is not the worst
     kept = nn.functional.cross_entropy(model(together), y, reduction="none")[expected]
     torch.testing.assert_close(kept, worst)
+
+
+class Margin(foolbox.attacks.LinfPGD):
+    """Foolbox's PGD on the margin of the logits."""
+
+    def get_loss_fn(self, model, labels):
+        def loss(inputs):
+            logits = model(inputs).raw
+            own = torch.nn.functional.one_hot(labels.raw, 4).bool()
+            margin = logits.masked_fill(own, -1e9).max(1).values - logits[own]
+            return ep.astensor(margin.sum())
+
+        return loss
+
+
+def test_the_margin_loss_agrees_with_foolbox():
+    model, (x, y) = network(torch.float64).eval(), batches((16,), torch.float64)[0]
+    steps = {"steps": 12, "random_start": False}
+    ours = pgd(model, x, y, ThreatModel(0.1), step_size=0.025, loss="cw", **steps)
+    theirs = foolbox.PyTorchModel(model, (0, 1), device="cpu")
+    _, clipped, _ = Margin(abs_stepsize=0.025, **steps)(theirs, x, y, epsilons=0.1)
+    torch.testing.assert_close(ours, clipped, atol=1e-6, rtol=0)
+    other = pgd(model, x, y, ThreatModel(0.1), step_size=0.025, **steps)
+    assert not torch.equal(ours, other)
+
+
+def test_restarts_spend_nothing_on_images_that_are_already_fooled():
+    model, (x, y) = network(), batches((64,))[0]
+    seen = []
+
+    def counted(x):
+        seen.append(len(x))
+        return model(x)
+
+    pgd(counted, x, y, ThreatModel(0.1), steps=1, restarts=4)
+    assert seen[0] == 64
+    assert seen[2] == sum(model(pgd(model, x, y, ThreatModel(0.1), steps=1)).argmax(1) == y)
+    assert sorted(seen, reverse=True) == seen
+    seen.clear()
+    always = ThreatModel(1.0)  # black or white: whatever it takes
+    wrong = (model(x).argmax(1) + 1) % 4
+    pgd(counted, x, wrong, always, steps=1, restarts=4)
+    assert seen == [64, 64]
+
+
+def test_only_images_that_the_model_has_right_are_attacked():
+    model = network()
+    x, y = batches((64,))[0]
+    seen = []
+
+    def attack(model, x, y):
+        seen.append((x, y))
+        return x
+
+    result = evaluate(
+        model, [(x, y), (x, (model(x).argmax(1) + 1) % 4)], ThreatModel(0.1), attack=attack
+    )
+    right = model(x).argmax(1) == y
+    assert len(seen) == 1  # of the second batch there was none
+    assert torch.equal(seen[0][0], x[right])
+    assert torch.equal(seen[0][1], y[right])
+    assert result.count == 128
+
+
+def test_an_evaluation_is_in_full_precision_unless_it_is_asked_for_another():
+    model, types = network(), []
+    model[0].register_forward_hook(lambda module, args, out: types.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        result = evaluate(model, batches(), ThreatModel(0.1), steps=1, progress=False)
+    assert set(types) == {torch.float32}
+    assert "float" not in str(result)
+    types.clear()
+    settings = {"steps": 1, "autocast": torch.bfloat16, "progress": False}
+    result = evaluate(model, batches(), ThreatModel(0.1), **settings)
+    assert set(types) == {torch.bfloat16}
+    assert "bfloat16" in str(result)
+
+
+def test_the_rows_of_several_evaluations_are_a_table():
+    settings = {"progress": False}
+    rows = [
+        evaluate(network(), batches(), ThreatModel(eps), **settings, **attack)
+        for eps in (8 / 255, 0.1)
+        for attack in ({"steps": 1}, {"steps": 10, "restarts": 2, "loss": "cw"}, {"attack": keep})
+    ]
+    lines = [str(row) for row in rows]
+    assert "PGD (CW loss) steps=10 restarts=2" in lines[1]
+    assert len({len(line) for line in lines}) == 1
+    assert len({line.index("linf") for line in lines}) == 1
+
+
+def keep(model, x, y):
+    return x
 
 
 def helpful(model, x, y):
@@ -148,16 +243,43 @@ def test_an_attack_that_leaves_the_threat_model_is_refused():
         evaluate(network(), batches(), ThreatModel(0.1), attack=out_of_bounds, progress=False)
 
 
-def test_autoattack_works_in_the_units_of_the_loader():
+def linear():
+    """A classifier that some of these images are near a boundary of."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(50, 10))
     x = torch.rand(12, 2, 5, 5)
-    y = model((x - 0.5) / 0.25).argmax(1)
-    threat = ThreatModel(0.2, mean=0.5, std=0.25)
-    result = evaluate(model, [((x - 0.5) / 0.25, y)], threat, attack="autoattack", progress=False)
-    assert result.clean == 1
-    assert result.robust < 1
+    return model, x, model(x).argmax(1)
+
+
+def test_autoattack_agrees_with_pyautoattack_on_the_same_images():
+    model, x, y = linear()
+    for norm, eps in (("linf", 0.02), ("l2", 0.1)):
+        threat = ThreatModel(eps, norm)
+        adversary = pyautoattack.AutoAttack(
+            model.eval(), norm=norm.title(), eps=eps, seed=0, device="cpu"
+        )
+        found, _ = adversary.run_standard_evaluation(x, y, batch_size=12)
+        expected = (model(found).argmax(1) == y).float().mean().item()
+        result = evaluate(model, [(x, y)], threat, attack="autoattack", progress=False)
+        assert 0 < expected < 1
+        assert result.robust == pytest.approx(expected)
+
+
+def test_autoattack_works_in_the_units_of_the_loader():
+    model, x, y = linear()
+    threat = ThreatModel(0.02)
+    raw = evaluate(model, [(x, y)], threat, attack="autoattack", progress=False)
+    moved = nn.Sequential(Denormalise(), *model)
+    threat = ThreatModel(0.02, mean=0.5, std=0.25)
+    result = evaluate(moved, [((x - 0.5) / 0.25, y)], threat, attack="autoattack", progress=False)
     assert "AutoAttack standard" in str(result)
+    assert result.clean == 1
+    assert 0 < result.robust == raw.robust < 1
+
+
+class Denormalise(nn.Module):
+    def forward(self, x):
+        return x * 0.25 + 0.5
 
 
 def test_what_is_missing_for_an_evaluation_is_named(monkeypatch):
@@ -168,6 +290,8 @@ def test_what_is_missing_for_an_evaluation_is_named(monkeypatch):
         evaluate(model, [{"x": 1}], threat, progress=False)
     with pytest.raises(ValueError, match="'autoattack' or callable, got 'pgd'"):
         evaluate(model, batches(), threat, attack="pgd")
+    with pytest.raises(ValueError, match="loss must be 'ce' or 'cw', got 'dlr'"):
+        evaluate(model, batches(), threat, loss="dlr", progress=False)
     with pytest.raises(ValueError, match="steps must be at least 1"):
         evaluate(model, batches(), threat, steps=0, progress=False)
     monkeypatch.setitem(sys.modules, "pyautoattack", None)

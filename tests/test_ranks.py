@@ -146,6 +146,17 @@ def train_in_two_parts(rank, folder, stop):
     return outcome(objects[0], objects[2])
 
 
+def with_batch_norm():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.BatchNorm2d(2).double(), *network(torch.float64))
+
+
+def evaluation(model, part=slice(None), **arguments):
+    x, y = dataset()[:]
+    loader = list(zip(x.split(5), y.split(5), strict=True))[part]
+    return evaluate(model, loader, ThreatModel(EPS), steps=1, progress=False, **arguments)
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(dataset())
@@ -250,6 +261,10 @@ def on_a_rank(rank, folder):
     results["fewer"] = train_on(rank, FEWER, join=True)
     results["at once"] = train_in_two_parts(rank, folder, stop=None)
     results["in two parts"] = train_in_two_parts(rank, folder, stop=M + 2)
+    model = DDP(with_batch_norm())  # its buffers would be sent at each forward pass
+    part = slice(3, 4) if rank else slice(3)  # of four batches
+    results["evaluation"] = evaluation(model, part, sharded=True)
+    results["one rank alone"] = None if rank else evaluation(model)
     for name, make in {**PLAIN, **SPLIT}.items():
         results["warnings", name] = warnings_of(make())
     if importlib.util.find_spec("accelerate"):
@@ -348,6 +363,23 @@ def test_each_rank_goes_on_bit_equal_from_a_state_of_its_own(ranks):
         (weights, delta), (expected, whole) = results["in two parts"], results["at once"]
         assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
         assert torch.equal(delta, whole)
+
+
+def test_an_evaluation_of_shares_adds_up_to_that_of_all_images(ranks):
+    first, second = (r["evaluation"] for r in ranks)
+    assert first == second
+    assert first.count == 20
+    assert first.clean == evaluation(with_batch_norm()).clean
+    assert 0 < first.robust < first.clean
+
+
+def test_one_rank_alone_can_evaluate_the_model_that_ddp_wraps(ranks):
+    assert ranks[0]["one rank alone"] == evaluation(with_batch_norm())
+
+
+def test_an_evaluation_of_shares_needs_a_process_group():
+    with pytest.raises(RuntimeError, match="sharded=True needs a process group"):
+        evaluation(with_batch_norm(), sharded=True)
 
 
 @pytest.mark.parametrize("name", PLAIN)
