@@ -1,17 +1,27 @@
 """The networks of the CIFAR literature, and any of timm's, by name."""
 
+import functools
 import re
+from collections.abc import Callable
 
 import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+Activation = Callable[[], nn.Module]
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": nn.ReLU,
+    "leaky": functools.partial(nn.LeakyReLU, 0.1),
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+}
+
 
 class Block(nn.Module):
     """Two convolutions, each after batch norm and activation (He et al. 2016, arXiv 1603.05027)."""
 
-    def __init__(self, channels: int, width: int, stride: int, act: type[nn.Module]) -> None:
+    def __init__(self, channels: int, width: int, stride: int, act: Activation) -> None:
         super().__init__()
         self.norm1, self.act1 = nn.BatchNorm2d(channels), act()
         self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
@@ -31,7 +41,7 @@ class PreActResNet(nn.Module):
     """A residual network for 32x32 images; each stage after the first halves the sides."""
 
     def __init__(
-        self, stem: int, widths: list[int], depth: int, classes: int, act: type[nn.Module]
+        self, stem: int, widths: list[int], depth: int, classes: int, act: Activation
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(3, stem, 3, padding=1, bias=False)]
@@ -62,7 +72,7 @@ class Standardise(nn.Module):
         return (x - self.mean) / self.std
 
 
-def cnn(width: int, classes: int, act: type[nn.Module]) -> nn.Module:
+def cnn(width: int, classes: int, act: Activation) -> nn.Module:
     """Four convolutions that a CPU can train: 12 million multiplications for a 32x32 image at width 32."""
     layers: list[nn.Module] = []
     channels = 3
@@ -83,13 +93,13 @@ def create(
         name: "resnet18" (with a 3x3 stem), "preactresnet18", "wrn-<depth>-<width>", "cnn-<width>", or any of timm's.
             What the paper calls WRN-32-10, with 5 blocks a stage, is "wrn-34-10" by the usual count.
         classes: The number of outputs.
-        activation: "relu", "silu" or "gelu"; timm's models keep their own.
+        activation: "relu", "leaky" (slope 0.1), "silu" or "gelu"; timm's models keep their own.
         pretrained: Download timm's weights; for timm's models only.
     """
     ours = re.fullmatch(r"wrn-\d+-\d+|cnn-\d+|preactresnet18|resnet18", name)
     if pretrained and ours:
         raise ValueError(f"there are no pretrained weights for {name}; use a name of timm's")
-    act = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}[activation]
+    act = ACTIVATIONS[activation]
     if wide := re.fullmatch(r"wrn-(\d+)-(\d+)", name):
         depth, width = map(int, wide.groups())
         if (depth - 4) % 6:
@@ -109,12 +119,14 @@ def create(
     return timm.create_model(name, pretrained=pretrained, num_classes=classes)
 
 
-def augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Pad by 4, crop at random, flip half of them: images of shape (N, C, H, W), each in its own way."""
+def augment(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
+    """Pad, crop at random, flip half of them: images of shape (N, C, H, W), each in its own way."""
     n, _, height, width = x.shape
     device = x.device
-    padded = functional.pad(x, (4, 4, 4, 4))
-    rows, columns = (torch.randint(9, (n, 1), generator=generator).to(device) for _ in range(2))
+    padded = functional.pad(x, (pad, pad, pad, pad))
+    rows, columns = (
+        torch.randint(2 * pad + 1, (n, 1), generator=generator).to(device) for _ in range(2)
+    )
     flip = (torch.rand(n, 1, generator=generator) < 0.5).to(device)
     ys = rows + torch.arange(height, device=device)
     along = torch.arange(width, device=device)

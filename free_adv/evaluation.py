@@ -39,14 +39,16 @@ class Evaluation:
 
         Rows are as wide as one another, so that several printed in turn are a table.
         """
-        levels = self.threat.eps * 255
-        eps = (
-            f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-6 else f"{self.threat.eps:g}"
-        )
         return (
-            f"clean {self.clean:7.2%}  robust {self.robust:7.2%}  {self.attack:<34}  "
-            f"{self.threat.norm} eps={eps:<7}  {self.count} images"
+            f"clean {self.clean:7.2%}  robust {self.robust:7.2%}  {self.attack:<52}  "
+            f"{self.threat.norm} eps={_levels(self.threat.eps):<7}  {self.count} images"
         )
+
+
+def _levels(size: float) -> str:
+    """A length in pixel units as people write it, `8/255` where it is a whole number of grey levels."""
+    levels = round(size * 255, 6)
+    return f"{levels:.0f}/255" if levels == round(levels) else f"{size:g}"
 
 
 def evaluate(
@@ -55,6 +57,7 @@ def evaluate(
     threat: ThreatModel,
     *,
     steps: int = 20,
+    step_size: float | None = None,
     restarts: int = 1,
     loss: str = "ce",
     attack: Attack | str | None = None,
@@ -74,6 +77,7 @@ def evaluate(
         loader: Yields batches `(x, y)`: inputs of shape (N, ...), class indices of shape (N,).
         threat: The threat model, in pixel units, with `mean` and `std` if the loader normalises.
         steps: Gradient steps of PGD.
+        step_size: Length of a step of PGD, in pixel units; see `pgd`.
         restarts: Random starts of PGD; the worst counts, and an image once fooled is not attacked again.
         loss: What PGD ascends: "ce", the cross-entropy, or "cw", the margin loss; see `pgd`.
         attack: None for `pgd`; "autoattack" for the standard AutoAttack (Croce & Hein 2020, the `eval`
@@ -107,7 +111,8 @@ def evaluate(
         device = next((p.device for p in model.parameters()), None)
     if attack is None:
         name = f"PGD{' (CW loss)' * (loss == 'cw')} steps={steps} restarts={restarts}"
-        settings = {"steps": steps, "restarts": restarts, "loss": loss}
+        name += "" if step_size is None else f" step_size={_levels(step_size)}"
+        settings = {"steps": steps, "restarts": restarts, "loss": loss, "step_size": step_size}
         generators: dict[torch.device, torch.Generator] = {}
 
         def attack(model: Any, x: Tensor, y: Tensor) -> Tensor:

@@ -125,6 +125,24 @@ def test_only_images_that_the_model_has_right_are_attacked():
     assert result.count == 128
 
 
+def test_the_step_size_of_an_evaluation_is_that_of_pgd():
+    model, (x, y) = network(), batches()[0]
+    found = []
+
+    def ours(model, x, y):
+        generator = torch.Generator().manual_seed(0)
+        settings = {"steps": 2, "step_size": 0.01, "generator": generator}
+        found.append(pgd(model, x, y, ThreatModel(0.1), **settings))
+        return found[0]
+
+    settings = {"steps": 2, "step_size": 0.01, "progress": False}
+    one = evaluate(model, [(x, y)], ThreatModel(0.1), **settings)
+    two = evaluate(model, [(x, y)], ThreatModel(0.1), attack=ours, progress=False)
+    whole = evaluate(model, [(x, y)], ThreatModel(0.1), steps=2, progress=False)
+    assert one.robust == two.robust
+    assert whole.robust < one.robust
+
+
 def test_an_evaluation_is_in_full_precision_unless_it_is_asked_for_another():
     model, types = network(), []
     model[0].register_forward_hook(lambda module, args, out: types.append(out.dtype))
@@ -144,10 +162,14 @@ def test_the_rows_of_several_evaluations_are_a_table():
     rows = [
         evaluate(network(), batches(), ThreatModel(eps), **settings, **attack)
         for eps in (8 / 255, 0.1)
-        for attack in ({"steps": 1}, {"steps": 10, "restarts": 2, "loss": "cw"}, {"attack": keep})
+        for attack in (
+            {"steps": 1},
+            {"steps": 10, "restarts": 2, "step_size": 2 / 255, "loss": "cw"},
+            {"attack": keep},
+        )
     ]
     lines = [str(row) for row in rows]
-    assert "PGD (CW loss) steps=10 restarts=2" in lines[1]
+    assert "PGD (CW loss) steps=10 restarts=2 step_size=2/255" in lines[1]
     assert len({len(line) for line in lines}) == 1
     assert len({line.index("linf") for line in lines}) == 1
 

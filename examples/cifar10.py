@@ -1,0 +1,400 @@
+"""CIFAR-10, CIFAR-100 or any folder of small images: natural, Free, PGD-7 and FGSM-RS training by one script.
+
+    python examples/cifar10.py --data DIR --download --method free --recipe best --out runs/free
+
+`--data` is a torchvision root of CIFAR, or a folder with `train/` and `test/` (or `val/`), each with one folder
+of images a class. The cost is stated in natural passes over the data: every method makes as many updates. Run the
+same command again and it goes on where it was, bit for bit; it ends with a table, `result.json` and `curves.png`.
+"""
+
+import argparse
+import contextlib
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from methods import METHODS, batches, updates_per_batch
+from nets import Standardise, augment, create
+from records import environment, load, random_state, save, set_random_state, write
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torchvision import datasets
+from tqdm import tqdm
+
+from free_adv import FreeAdversarial, ThreatModel, evaluate
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+RECIPES: dict[str, dict[str, Any]] = {
+    # Shafahi et al. 2019, as in the authors' TensorFlow code: 80,000 updates, without a held-out split.
+    "paper": {
+        "model": "wrn-34-10",
+        "activation": "leaky",
+        "replays": 8,
+        "passes": 204.8,
+        "batch_size": 128,
+        "lr": 0.1,
+        "schedule": "multistep",
+        "weight_decay": 2e-4,
+        "pad": 2,
+        "held_out": 0,
+        "ema": 0.0,
+        "label_smoothing": 0.0,
+    },
+    "best": {},
+}
+ATTACKS: dict[str, dict[str, Any]] = {  # with steps of eps / 4, 2/255 where eps is 8/255
+    "pgd-20": {"steps": 20, "restarts": 10},
+    "pgd-50": {"steps": 50, "restarts": 10},
+    "cw-50": {"steps": 50, "restarts": 10, "loss": "cw"},
+    "autoattack": {"attack": "autoattack"},
+}
+NOT_OF_TRAINING = "data", "download", "out", "save_every", "attacks", "test_images", "test_batch"
+
+
+def read(root: Path, train: bool, download: bool) -> tuple[Tensor, Tensor]:
+    """All images, uint8 of shape (N, 3, H, W), and their labels."""
+    for name, kind in (
+        ("cifar-10-batches-py", datasets.CIFAR10),
+        ("cifar-100-python", datasets.CIFAR100),
+    ):
+        if (root / name).is_dir() or (download and kind is datasets.CIFAR10):
+            data = kind(root, train, download=download)
+            return torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets)
+    folders = [root / name for name in (["train"] if train else ["test", "val"])]
+    folder = next((f for f in folders if f.is_dir()), None)
+    if folder is None:
+        raise SystemExit(f"--data {root}: neither a root of CIFAR nor train/ and test/ (or val/)")
+    files = datasets.ImageFolder(folder)
+    with ThreadPoolExecutor(4) as pool:
+        images = list(pool.map(lambda s: np.asarray(files.loader(s[0])), files.samples))
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(files.targets)
+
+
+class Loader:
+    """Shuffled, augmented batches of images in memory; `(epoch, taken)` is its whole position.
+
+    The order of an epoch and the augmentation of a batch have seeds of their own, so going on from a
+    position needs nothing else.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, pad: int, seed: int):
+        self.images, self.labels = images, labels
+        self.batch_size, self.pad, self.seed = batch_size, pad, seed
+        self.epoch = self.taken = 0
+
+    def __len__(self):
+        return len(self.images) // self.batch_size
+
+    def __iter__(self):
+        order = torch.randperm(len(self.images), generator=self.generator(self.epoch, 0))
+        order = order.to(self.images.device)
+        while self.taken < len(self):
+            index = order[self.taken * self.batch_size :][: self.batch_size]
+            self.taken += 1
+            x = self.images[index].float() / 255
+            yield augment(x, self.generator(self.epoch, self.taken), self.pad), self.labels[index]
+        self.epoch, self.taken = self.epoch + 1, 0
+
+    def generator(self, *position: int):
+        seed = np.random.SeedSequence([self.seed, *position]).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(seed) >> 1)
+
+
+class Run:
+    """One training: everything that moves, what it saves, and one update after another."""
+
+    def __init__(self, args: argparse.Namespace, images: Tensor, labels: Tensor, classes: int):
+        self.args, self.device = args, torch.device(args.device)
+        layout = torch.channels_last if args.channels_last else torch.contiguous_format
+        torch.manual_seed(args.seed)
+        net = create(args.model, classes, args.activation, args.pretrained)
+        self.model = nn.Sequential(Standardise(MEAN, STD), net).to(
+            self.device, memory_format=layout
+        )
+        if args.init:
+            self.model.load_state_dict(load(args.init, self.device)["weights"])
+        self.ema = AveragedModel(self.model, avg_fn=self.average, use_buffers=True)
+        self.forward = torch.compile(self.model) if args.compile else self.model
+        groups = param_groups_weight_decay(self.model, args.weight_decay)
+        self.optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=args.nesterov)
+        self.threat = ThreatModel(args.eps / 255)
+        size = None if args.step_size is None else args.step_size / 255
+        self.free = FreeAdversarial(
+            eps=args.eps / 255, replays=args.replays, step_size=size, start=args.start
+        )
+        held = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        held, rest = held[: args.held_out], held[args.held_out :]
+        rest = rest[: args.images]
+        to = {"device": self.device, "memory_format": layout}
+        self.loader = Loader(
+            images[rest].to(**to),
+            labels[rest].to(self.device),
+            args.batch_size,
+            args.pad,
+            args.seed,
+        )
+        self.held_out = list(
+            zip(
+                (images[held].float() / 255).to(**to).split(500),
+                labels[held].to(self.device).split(500),
+                strict=True,
+            )
+        )
+        self.total = round(args.passes * len(rest) / args.batch_size)
+        if args.schedule == "multistep":
+            cuts = [self.total // 2, self.total * 3 // 4]
+            self.schedule: Any = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, cuts)
+        else:
+            self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+                self.optimizer, args.lr, self.total, pct_start=args.warmup, cycle_momentum=False
+            )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
+        self.starts = torch.Generator(self.device).manual_seed(args.seed)
+        self.step, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
+        self.curve: list[dict[str, float]] = []
+        self.best: dict[str, Any] = {"robust": -1.0}
+
+    def average(self, averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
+        """Exponential moving average whose horizon grows until it is that of `--ema`."""
+        keep = ((1 + count) / (10 + count)).clamp(max=self.args.ema)
+        return averaged + (1 - keep) * (current - averaged)
+
+    def autocast(self):
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.args.amp)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    @property
+    def judged(self) -> nn.Module:
+        """The model that is evaluated."""
+        return self.ema.module if self.args.ema else self.model
+
+    def state(self) -> dict[str, Any]:
+        names = ("model", "ema", "optimizer", "schedule", "scaler", "free")
+        return {
+            **{name: getattr(self, name).state_dict() for name in names},
+            **{n: getattr(self, n) for n in ("step", "seconds", "cpu_seconds", "curve", "best")},
+            "position": [self.loader.epoch, self.loader.taken],
+            "starts": self.starts.get_state(),
+            "random": random_state(),
+            "arguments": arguments(self.args),
+        }
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """Take over a `state`."""
+        was, now = state["arguments"], arguments(self.args)
+        for name in now:
+            if name not in NOT_OF_TRAINING and was.get(name) != now[name]:
+                raise SystemExit(
+                    f"{self.args.out} holds a run with --{name.replace('_', '-')} {was.get(name)}, not "
+                    f"{now[name]}: choose another --out, or remove it to start anew"
+                )
+        for name in ("model", "ema", "optimizer", "schedule", "scaler", "free"):
+            getattr(self, name).load_state_dict(state[name])
+        for name in ("step", "seconds", "cpu_seconds", "curve", "best"):
+            setattr(self, name, state[name])
+        self.loader.epoch, self.loader.taken = state["position"]
+        self.starts.set_state(state["starts"].cpu())
+        set_random_state(state["random"])
+
+    def updates(self):
+        """Make the remaining updates; yield the loss after each."""
+        args = self.args
+        settings = (self.free, args.replays, self.starts, self.autocast)
+        source = batches(args.method, self.loader, self.forward, self.threat, *settings)
+        self.model.train()
+        while self.step < self.total:
+            for x, y in source:
+                with self.autocast():
+                    loss = self.criterion(self.forward(x), y)
+                self.optimizer.zero_grad()
+                self.scaler.scale(loss).backward()
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+                self.schedule.step()
+                if args.ema:
+                    self.ema.update_parameters(self.model)
+                self.step += 1
+                yield loss.detach()
+                if self.step == self.total:
+                    return
+
+    def look(self, loss: float) -> None:
+        """Attack the held-out images; keep these weights if they are the most robust so far."""
+        row = {"update": self.step, "lr": self.schedule.get_last_lr()[0], "loss": loss}
+        if self.held_out:
+            found = evaluate(self.judged, self.held_out, self.threat, steps=10, progress=False)
+            row |= {"clean": found.clean, "robust": found.robust}
+        if row.get("robust", math.inf) > self.best["robust"]:
+            weights = {k: v.clone() for k, v in self.judged.state_dict().items()}
+            self.best = {"robust": row.get("robust", -1.0), "update": self.step, "weights": weights}
+        self.curve.append(row)
+
+    def train(self) -> None:
+        """Go on to the end, with a look every now and then and a checkpoint after each."""
+        args, checkpoint = self.args, self.args.out / "last.pt"
+        if checkpoint.exists():
+            self.go_on(load(checkpoint, self.device))
+        looks = {round(self.total * (i + 1) / args.looks) for i in range(args.looks)}
+        losses = torch.zeros((), device=self.device)
+        since = 0
+        clocks = time.perf_counter, time.process_time
+        bar = tqdm(total=self.total, initial=self.step, desc=args.method, unit="update")
+        marks = [clock() for clock in clocks]
+        for loss in self.updates():
+            losses += loss
+            since += 1
+            bar.update()
+            look = self.step in looks
+            if look or self.step % args.save_every == 0:
+                mean = losses.item() / since
+                wall, cpu = (clock() - mark for clock, mark in zip(clocks, marks, strict=True))
+                self.seconds, self.cpu_seconds = self.seconds + wall, self.cpu_seconds + cpu
+                if look:
+                    self.look(mean)
+                    losses.zero_()
+                    since = 0
+                    row = self.curve[-1]
+                    bar.set_postfix(
+                        {k: f"{row[k]:.3f}" for k in ("loss", "clean", "robust") if k in row}
+                    )
+                if args.method != "free-public":  # its delta is not kept: it starts anew
+                    save(checkpoint, self.state())
+                marks = [clock() for clock in clocks]
+        bar.close()
+
+
+def arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments as plain values, and of paths only the names."""
+    return {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}
+
+
+def test(run: Run, images: Tensor, labels: Tensor) -> list[dict[str, Any]]:
+    """Attack the chosen weights; print a row for each attack."""
+    args, rows = run.args, []
+    model = run.judged
+    model.load_state_dict(run.best["weights"])
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    x, y = (t[chosen[: args.test_images]] for t in (images, labels))
+    loader = [
+        ((a.float() / 255).to(run.device), b.to(run.device))
+        for a, b in zip(x.split(args.test_batch), y.split(args.test_batch), strict=True)
+    ]
+    for name in args.attacks:
+        settings = dict(ATTACKS[name])
+        if "steps" in settings:
+            settings["step_size"] = run.threat.eps / 4
+        start = time.perf_counter()
+        found = evaluate(model, loader, run.threat, **settings)
+        print(found)
+        rows.append(
+            {"name": name, **settings, **asdict(found), "seconds": time.perf_counter() - start}
+        )
+    return rows
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Training loss and accuracy on the held-out images along the run."""
+    curve = record["curve"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    updates = [row["update"] for row in curve]
+    left.plot(updates, [row["loss"] for row in curve], color="#0072B2")
+    left.set(xlabel="update", ylabel="training loss")
+    for key, colour in (("clean", "#0072B2"), ("robust", "#D55E00")):
+        if key in curve[0]:
+            right.plot(updates, [100 * row[key] for row in curve], color=colour, label=key)
+            right.legend()
+    right.set(xlabel="update", ylabel="held-out accuracy (%), robust: PGD-10", ylim=(0, 100))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="root of CIFAR, or folders of images")
+    add("--download", action="store_true", help="fetch CIFAR-10 into --data")
+    add("--out", type=Path, default=Path("runs/cifar10"), help="folder of the run; goes on in it")
+    add("--recipe", choices=RECIPES, default="best", help="defaults of what follows")
+    add("--method", choices=METHODS[:5], default="free")
+    add("--model", default="resnet18", help="resnet18, preactresnet18, wrn-d-k, cnn-w or timm's")
+    add("--activation", choices=["relu", "leaky", "silu", "gelu"], default="relu")
+    add("--pretrained", action="store_true", help="begin with timm's weights")
+    add("--init", type=Path, help="begin with the weights.pt of another run")
+    add("--replays", type=int, default=8, help="the paper's m")
+    add("--passes", type=float, default=200.0, help="natural passes over the data: the cost")
+    add("--eps", type=float, default=8.0, help="linf radius, in 1/255")
+    add("--step-size", type=float, help="ascent step of Free in 1/255; eps by default")
+    add("--start", choices=["carry", "zero", "uniform"], default="carry", help="delta of Free")
+    add("--batch-size", type=int, default=128)
+    add("--lr", type=float, default=0.1)
+    add("--schedule", choices=["onecycle", "multistep"], default="onecycle")
+    add("--warmup", type=float, default=0.3, help="share of the updates that onecycle warms up in")
+    add("--weight-decay", type=float, default=5e-4, help="on kernels, not on norms and biases")
+    add("--nesterov", action="store_true")
+    add("--label-smoothing", type=float, default=0.0)
+    add("--pad", type=int, default=4, help="random crops of the image padded by this")
+    add("--ema", type=float, default=0.0, help="decay of the averaged weights, such as 0.9995")
+    add("--amp", choices=["none", "bf16", "fp16"], default="none")
+    add("--channels-last", action="store_true")
+    add("--compile", action="store_true")
+    add("--images", type=int, help="train on this many, a fixed choice; all by default")
+    add("--held-out", type=int, default=1000, help="training images that choose the checkpoint")
+    add("--looks", type=int, default=20, help="how often they are attacked, with PGD-10")
+    add("--save-every", type=int, default=1000, help="updates between two checkpoints")
+    add("--attacks", nargs="*", choices=ATTACKS, default=["pgd-20", "pgd-50", "autoattack"])
+    add("--test-images", type=int, help="attack this many, a fixed choice; all by default")
+    add("--test-batch", type=int, default=500)
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.set_defaults(**RECIPES[parser.parse_args(argv).recipe])
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    args = parse(argv)
+    images, labels = read(args.data, True, args.download)
+    classes = int(labels.max()) + 1
+    run = Run(args, images, labels, classes)
+    run.train()
+    save(args.out / "weights.pt", {"weights": run.best["weights"]})
+    share = f"PGD-10 on {args.held_out} held-out training images, the best of {args.looks} looks"
+    record = {
+        "arguments": arguments(args),
+        "environment": environment(run.device),
+        "updates": run.total,
+        "updates_per_batch": updates_per_batch(args.method, args.replays),
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "training_images": len(run.loader.images),
+        "seconds": run.seconds,
+        "cpu_seconds": run.cpu_seconds,
+        "weights": f"update {run.best['update']}, by {share if args.held_out else 'being the last'}",
+        "curve": run.curve,
+    }
+    if run.device.type == "cuda":
+        record["peak_memory"] = torch.cuda.max_memory_allocated(run.device)
+    draw(record, args.out / "curves.png")
+    record["results"] = test(run, *read(args.data, False, args.download))
+    write(args.out / "result.json", record)
+    print(
+        f"{args.method}, {run.total} updates in {run.seconds:.0f} s; weights of {record['weights']}"
+    )
+    print(f"written: {args.out}/result.json, curves.png, weights.pt")
+    return record
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main()
