@@ -143,6 +143,10 @@ class Run:
             args.pad,
             args.seed,
         )
+        if not len(self.loader):
+            raise SystemExit(
+                f"--batch-size {args.batch_size} exceeds the {len(rest)} training images"
+            )
         self.held_out = list(
             zip(
                 (images[held].float() / 255).to(**to).split(500),
@@ -164,6 +168,7 @@ class Run:
         self.step, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
         self.curve: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"robust": -1.0}
+        self.losses, self.since = torch.zeros((), device=self.device), 0  # since the last look
 
     def average(self, averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
         """Exponential moving average whose horizon grows until it is that of `--ema`."""
@@ -183,7 +188,10 @@ class Run:
         names = ("model", "ema", "optimizer", "schedule", "scaler", "free")
         return {
             **{name: getattr(self, name).state_dict() for name in names},
-            **{n: getattr(self, n) for n in ("step", "seconds", "cpu_seconds", "curve", "best")},
+            **{
+                n: getattr(self, n)
+                for n in ("step", "seconds", "cpu_seconds", "curve", "best", "losses", "since")
+            },
             "position": [self.loader.epoch, self.loader.taken],
             "starts": self.starts.get_state(),
             "random": random_state(),
@@ -201,7 +209,7 @@ class Run:
                 )
         for name in ("model", "ema", "optimizer", "schedule", "scaler", "free"):
             getattr(self, name).load_state_dict(state[name])
-        for name in ("step", "seconds", "cpu_seconds", "curve", "best"):
+        for name in ("step", "seconds", "cpu_seconds", "curve", "best", "losses", "since"):
             setattr(self, name, state[name])
         self.loader.epoch, self.loader.taken = state["position"]
         self.starts.set_state(state["starts"].cpu())
@@ -229,8 +237,10 @@ class Run:
                 if self.step == self.total:
                     return
 
-    def look(self, loss: float) -> None:
+    def look(self) -> None:
         """Attack the held-out images; keep these weights if they are the most robust so far."""
+        loss = self.losses.item() / self.since
+        self.losses, self.since = torch.zeros_like(self.losses), 0
         row = {"update": self.step, "lr": self.schedule.get_last_lr()[0], "loss": loss}
         if self.held_out:
             found = evaluate(self.judged, self.held_out, self.threat, steps=10, progress=False)
@@ -246,24 +256,19 @@ class Run:
         if checkpoint.exists():
             self.go_on(load(checkpoint, self.device))
         looks = {round(self.total * (i + 1) / args.looks) for i in range(args.looks)}
-        losses = torch.zeros((), device=self.device)
-        since = 0
         clocks = time.perf_counter, time.process_time
         bar = tqdm(total=self.total, initial=self.step, desc=args.method, unit="update")
         marks = [clock() for clock in clocks]
         for loss in self.updates():
-            losses += loss
-            since += 1
+            self.losses += loss
+            self.since += 1
             bar.update()
             look = self.step in looks
             if look or self.step % args.save_every == 0:
-                mean = losses.item() / since
                 wall, cpu = (clock() - mark for clock, mark in zip(clocks, marks, strict=True))
                 self.seconds, self.cpu_seconds = self.seconds + wall, self.cpu_seconds + cpu
                 if look:
-                    self.look(mean)
-                    losses.zero_()
-                    since = 0
+                    self.look()
                     row = self.curve[-1]
                     bar.set_postfix(
                         {k: f"{row[k]:.3f}" for k in ("loss", "clean", "robust") if k in row}

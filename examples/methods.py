@@ -40,12 +40,17 @@ def batches(
     if method == "free":
         return free.replay(loader)
     if method == "free-public":
-        return _public(loader, threat, replays)
+        return _Public(loader, threat, replays)
     if method == "natural":
         return loader
     steps, size = (1, 1.25 * threat.eps) if method == "fgsm-rs" else (7, threat.eps / 4)
     attack = {"pgd": pgd, "fgsm-rs": pgd, "pgd-plain": _plain_pgd}[method]
-    return _attacked(loader, model, threat, attack, steps, size, generator, autocast)
+
+    def attacked(x: Tensor, y: Tensor) -> Tensor:
+        with autocast():
+            return attack(model, x, y, threat, steps=steps, step_size=size, generator=generator)
+
+    return _Attacked(loader, attacked)
 
 
 def updates_per_batch(method: str, replays: int) -> int:
@@ -53,26 +58,35 @@ def updates_per_batch(method: str, replays: int) -> int:
     return replays if method.startswith("free") else 1
 
 
-def _attacked(loader, model, threat, attack, steps, size, generator, autocast) -> Iterator:
-    for x, y in loader:
-        with autocast():
-            settings = {"steps": steps, "step_size": size, "generator": generator}
-            x_adv = attack(model, x, y, threat, **settings)
-        yield x_adv, y
+class _Attacked:
+    """Each batch attacked as it comes."""
+
+    def __init__(self, loader: Batches, attack: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.loader, self.attack = loader, attack
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, y in self.loader:
+            yield self.attack(x, y), y
 
 
-def _public(loader: Batches, threat: ThreatModel, replays: int) -> Iterator[tuple[Tensor, Tensor]]:
+class _Public:
     """Noise is added and clamped in the graph, so that its gradient passes the clamp's."""
-    delta = None
-    low, high = threat.bounds
-    for x, y in loader:
-        if delta is None:
-            delta = torch.zeros_like(x)
-        for _ in range(replays):
-            noise = delta[: len(x)].clone().requires_grad_()
-            yield (x + noise).clamp(low, high), y
-            delta[: len(x)] += threat.eps * noise.grad.sign()
-            delta.clamp_(-threat.eps, threat.eps)
+
+    def __init__(self, loader: Batches, threat: ThreatModel, replays: int) -> None:
+        self.loader, self.threat, self.replays = loader, threat, replays
+        self.delta: Tensor | None = None
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        eps, (low, high) = self.threat.eps, self.threat.bounds
+        for x, y in self.loader:
+            if self.delta is None:
+                self.delta = torch.zeros_like(x)
+            delta = self.delta[: len(x)]
+            for _ in range(self.replays):
+                noise = delta.clone().requires_grad_()
+                yield (x + noise).clamp(low, high), y
+                delta += eps * noise.grad.sign()
+                delta.clamp_(-eps, eps)
 
 
 def _plain_pgd(model, x, y, threat, *, steps, step_size, generator) -> Tensor:

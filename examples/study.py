@@ -1,0 +1,137 @@
+"""Tables of cifar10.py: each row a way to train, over several seeds, at the same number of updates.
+
+    python examples/study.py methods --data DIR --seeds 3 --json methods.json --plot methods.png
+
+Runs are kept under `--out`, so an interrupted study goes on where it was. What follows `--` is passed on to
+every run, such as `-- --images 2000 --passes 4`.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import cifar10
+from matplotlib import pyplot as plt
+from records import write
+
+SMALL = (
+    "--model cnn-16 --images 5000 --passes 50 --lr 0.2 --looks 10 --held-out 500 --test-images 1000 "
+    "--test-batch 1000 --attacks pgd-50 autoattack"
+)
+FREE = "--method free --replays"
+STUDIES: dict[str, dict[str, str]] = {
+    "methods": {
+        "natural": "--method natural",
+        **{f"Free, m={m}": f"{FREE} {m}" for m in (2, 4, 8, 10)},
+        "PGD-7": "--method pgd",
+        "FGSM-RS": "--method fgsm-rs",
+    },
+    "details": {
+        "Free, m=8": f"{FREE} 8",
+        "delta zero at each minibatch": f"{FREE} 8 --start zero",
+        "delta uniform at each minibatch": f"{FREE} 8 --start uniform",
+        "clamp inside the graph": "--method free-public --replays 8",
+    },
+}
+
+
+def run(label: str, arguments: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """The record of one run: made now, or found."""
+    name = "".join(c if c.isalnum() else "-" for c in label)
+    out = args.out / f"{name}-{seed}"
+    result = out / "result.json"
+    if not result.exists():
+        print(f"{label}, seed {seed}", file=sys.stderr)
+        line = f"{SMALL} {arguments} --seed {seed}"
+        paths = ["--data", str(args.data), "--out", str(out)]
+        cifar10.main([*shlex.split(line), *args.rest, *paths])
+    record = json.loads(result.read_text())
+    return {"label": label, **record}
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+
+
+def table(runs: list[dict[str, Any]]) -> list[str]:
+    """Rows in Markdown: seconds relative to the first label of the same seed, and accuracies in %."""
+    labels = list(dict.fromkeys(r["label"] for r in runs))
+    attacks = list(dict.fromkeys(a["name"] for r in runs for a in r["results"]))
+    base = {r["arguments"]["seed"]: r["cpu_seconds"] for r in runs if r["label"] == labels[0]}
+    lines = [
+        " | ".join(["| method", "time", "clean %", *(f"{a} %" for a in attacks)]) + " |",
+        "| --- " * (3 + len(attacks)) + "|",
+    ]
+    for label in labels:
+        mine = [r for r in runs if r["label"] == label]
+        cost = mean(r["cpu_seconds"] / base[r["arguments"]["seed"]] for r in mine)
+        cells = [
+            f"| {label}",
+            f"{cost:.2f}",
+            spread([100 * r["results"][0]["clean"] for r in mine]),
+        ]
+        for attack in attacks:
+            found = [100 * a["robust"] for r in mine for a in r["results"] if a["name"] == attack]
+            cells.append(spread(found) if found else "not measured")
+        lines.append(" | ".join(cells) + " |")
+    return lines
+
+
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
+    """Clean accuracy and that under the last attack against the cost, a point a run."""
+    labels = list(dict.fromkeys(r["label"] for r in runs))
+    base = {r["arguments"]["seed"]: r["cpu_seconds"] for r in runs if r["label"] == labels[0]}
+    colours = plt.get_cmap("viridis")
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for i, label in enumerate(labels):
+        mine = [r for r in runs if r["label"] == label]
+        cost = [r["cpu_seconds"] / base[r["arguments"]["seed"]] for r in mine]
+        style = {"color": colours(i / len(labels)), "marker": "osD^vPX*"[i % 8], "ls": "none"}
+        axes.plot(cost, [100 * r["results"][-1]["robust"] for r in mine], label=label, **style)
+        axes.plot(cost, [100 * r["results"][0]["clean"] for r in mine], fillstyle="none", **style)
+    attack = runs[0]["results"][-1]["attack"]
+    axes.set(
+        xscale="log", xlabel=f"training time relative to {labels[0]}", ylabel="test accuracy (%)"
+    )
+    axes.set_title(f"filled: under {attack}, hollow: clean", fontsize=10)
+    axes.set_ylim(0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    cut = argv.index("--") if "--" in argv else len(argv)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="all results, without their curves")
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args(argv[:cut])
+    args.rest = argv[cut + 1 :]
+    runs = [
+        run(label, arguments, seed, args)
+        for seed in range(args.seeds)
+        for label, arguments in STUDIES[args.study].items()
+    ]
+    for record in runs:
+        del record["curve"]
+    if args.json:
+        write(args.json, {"study": args.study, "runs": runs, "table": table(runs)})
+    if args.plot:
+        draw(runs, args.plot)
+    print("\n".join(table(runs)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""examples/cifar10.py on a folder of small pictures: it trains, is killed, goes on, and reports."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def cifar10():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        import cifar10
+
+        yield cifar10
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Three classes of coloured noise: 90 pictures to train on and 18 to test."""
+    root = tmp_path_factory.mktemp("data")
+    noise = np.random.default_rng(0)
+    for part, count in (("train", 30), ("test", 6)):
+        for label, colour in enumerate("rgb"):
+            folder = root / part / colour
+            folder.mkdir(parents=True)
+            for i in range(count):
+                picture = noise.integers(0, 200, (16, 16, 3), dtype=np.uint8)
+                picture[..., label] += 50
+                Image.fromarray(picture).save(folder / f"{i}.png")
+    return root
+
+
+SMALL = (
+    "--model cnn-8 --replays 3 --passes 6 --batch-size 16 --lr 0.05 --held-out 10 --looks 3 --ema 0.9 "
+    "--label-smoothing 0.1 --test-batch 9"
+)
+
+
+def arguments(data, out, *more):
+    return ["--data", str(data), "--out", str(out), *SMALL.split(), *map(str, more)]
+
+
+def begin(cifar10, data, *more):
+    args = cifar10.parse(arguments(data, "unused", *more))
+    return cifar10.Run(args, *cifar10.read(data, True, False), 3)
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cifar10, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    return out, cifar10.main(arguments(data, out, "--save-every", 7, "--attacks", "pgd-20"))
+
+
+def test_a_run_reports_what_it_did(undisturbed, cifar10, capsys):
+    out, record = undisturbed
+    assert json.loads((out / "result.json").read_text()) == json.loads(json.dumps(record))
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert record["updates"] == round(6 * 80 / 16)
+    assert [row["update"] for row in record["curve"]] == [10, 20, 30]
+    assert "3 looks" in record["weights"]
+    assert "PGD-10 on 10 held-out training images" in record["weights"]
+    assert record["training_images"] == 80
+    (found,) = record["results"]
+    assert (found["steps"], found["restarts"], found["count"]) == (20, 10, 18)
+    assert found["step_size"] == pytest.approx(2 / 255)
+    assert found["robust"] <= found["clean"]
+    assert {"torch", "machine", "commit", "threads"} <= record["environment"].keys()
+    assert str(out.parent) not in (out / "result.json").read_text()
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_weights(undisturbed, cifar10, data, tmp_path):
+    command = [sys.executable, EXAMPLES / "cifar10.py"]
+    command += arguments(data, tmp_path, "--save-every", 1, "--attacks", "pgd-20")
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "last.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "result.json").exists()
+    at = torch.load(tmp_path / "last.pt", weights_only=True)["step"]
+    assert 0 < at < 30
+    cifar10.main(arguments(data, tmp_path, "--save-every", 7, "--attacks", "pgd-20"))
+    states = [torch.load(out / "last.pt", weights_only=True) for out in (undisturbed[0], tmp_path)]
+    for state in states:
+        del state["seconds"], state["cpu_seconds"], state["arguments"]
+    assert same(*states)
+    again, first = (json.loads((o / "result.json").read_text()) for o in (tmp_path, undisturbed[0]))
+    assert again["results"][0]["robust"] == first["results"][0]["robust"]
+
+
+@pytest.mark.parametrize("method", ["natural", "free", "pgd", "fgsm-rs"])
+@pytest.mark.parametrize("more", ["", "--start uniform --amp bf16 --schedule multistep"])
+def test_a_run_goes_on_bit_equal_from_after_any_update(method, more, cifar10, data, tmp_path):
+    settings = "--method", method, *more.split()
+    whole = begin(cifar10, data, *settings)
+    states = []
+    for loss in whole.updates():
+        assert loss.isfinite()
+        if whole.step in (1, 2, 3, 4, 14, 15, 17):
+            cifar10.save(tmp_path / f"{whole.step}.pt", whole.state())
+            states.append(whole.step)
+    for step in states if method == "free" else states[:3]:
+        run = begin(cifar10, data, *settings)
+        run.go_on(cifar10.load(tmp_path / f"{step}.pt"))
+        assert run.step == step
+        for _ in run.updates():
+            pass
+        assert same(whole.state(), run.state())
+
+
+def test_every_method_makes_the_same_number_of_updates_and_anneals(cifar10, data):
+    for method in ("natural", "free", "free-public", "fgsm-rs"):
+        run = begin(cifar10, data, "--method", method)
+        rates = [run.schedule.get_last_lr()[0] for _ in run.updates()]
+        assert len(rates) == 30
+        assert max(rates) == pytest.approx(0.05)
+        assert rates[-2] < 0.001
+
+
+def test_held_out_images_are_not_trained_on(cifar10, data):
+    run = begin(cifar10, data)
+    (held, _), *rest = run.held_out
+    assert not rest
+    seen = run.loader.images.flatten(1).float() / 255
+    assert torch.cdist(held.flatten(1), seen).min() > 0.1
+    fewer = begin(cifar10, data, "--images", 40)
+    assert torch.equal(fewer.loader.images, run.loader.images[:40])
+    other = begin(cifar10, data, "--seed", 5)  # the split is fixed
+    assert torch.equal(other.held_out[0][0], held)
+
+
+def test_another_run_in_the_same_folder_is_refused(undisturbed, cifar10, data):
+    with pytest.raises(
+        SystemExit, match=r"holds a run with --lr 0.05, not 0.2: choose another --out"
+    ):
+        cifar10.main(arguments(data, undisturbed[0], "--lr", 0.2))
+
+
+def test_a_folder_without_images_is_refused(cifar10, tmp_path):
+    with pytest.raises(SystemExit, match="neither a root of CIFAR nor train/"):
+        cifar10.main(arguments(tmp_path, tmp_path))
+
+
+def test_the_recipe_of_the_paper_is_80_000_updates_cut_at_half_and_three_quarters(cifar10, data):
+    args = cifar10.parse(["--data", str(data), "--recipe", "paper", "--model", "cnn-8"])
+    assert (args.replays, args.lr, args.weight_decay, args.pad) == (8, 0.1, 2e-4, 2)
+    images = torch.zeros(50_000, 3, 2, 2, dtype=torch.uint8)
+    run = cifar10.Run(args, images, torch.zeros(50_000, dtype=torch.long), 10)
+    assert run.total == 80_000
+    assert dict(run.schedule.milestones) == {40_000: 1, 60_000: 1}
+    decays = {
+        p.ndim > 1: g["weight_decay"] for g in run.optimizer.param_groups for p in g["params"]
+    }
+    assert decays == {True: 2e-4, False: 0}
+    assert cifar10.parse(["--data", "x", "--recipe", "paper", "--replays", "4"]).replays == 4
+
+
+def test_training_begins_with_the_weights_of_another_run(undisturbed, cifar10, data):
+    weights = torch.load(undisturbed[0] / "weights.pt", weights_only=True)["weights"]
+    run = begin(cifar10, data, "--init", undisturbed[0] / "weights.pt")
+    assert same(dict(run.model.state_dict()), weights)
