@@ -167,7 +167,8 @@ class Run:
         self.starts = torch.Generator(self.device).manual_seed(args.seed)
         self.step, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
         self.curve: list[dict[str, float]] = []
-        self.best: dict[str, Any] = {"robust": -1.0}
+        self.best: dict[str, Any] = {"score": -math.inf}
+        self.judge = "clean" if args.method == "natural" else "robust"
         self.losses, self.since = torch.zeros((), device=self.device), 0  # since the last look
 
     def average(self, averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
@@ -238,16 +239,17 @@ class Run:
                     return
 
     def look(self) -> None:
-        """Attack the held-out images; keep these weights if they are the most robust so far."""
+        """Attack the held-out images; keep these weights if they are the best so far."""
         loss = self.losses.item() / self.since
         self.losses, self.since = torch.zeros_like(self.losses), 0
         row = {"update": self.step, "lr": self.schedule.get_last_lr()[0], "loss": loss}
         if self.held_out:
             found = evaluate(self.judged, self.held_out, self.threat, steps=10, progress=False)
             row |= {"clean": found.clean, "robust": found.robust}
-        if row.get("robust", math.inf) > self.best["robust"]:
+        score = row.get(self.judge, math.inf)
+        if score >= self.best["score"]:
             weights = {k: v.clone() for k, v in self.judged.state_dict().items()}
-            self.best = {"robust": row.get("robust", -1.0), "update": self.step, "weights": weights}
+            self.best = {"score": score, "update": self.step, "weights": weights}
         self.curve.append(row)
 
     def train(self) -> None:
@@ -375,7 +377,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     run = Run(args, images, labels, classes)
     run.train()
     save(args.out / "weights.pt", {"weights": run.best["weights"]})
-    share = f"PGD-10 on {args.held_out} held-out training images, the best of {args.looks} looks"
+    by = {"clean": "clean accuracy", "robust": "PGD-10"}[run.judge]
+    chosen = f"by {by} on {args.held_out} held-out training images, the best of {args.looks} looks"
     record = {
         "arguments": arguments(args),
         "environment": environment(run.device),
@@ -385,7 +388,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "training_images": len(run.loader.images),
         "seconds": run.seconds,
         "cpu_seconds": run.cpu_seconds,
-        "weights": f"update {run.best['update']}, by {share if args.held_out else 'being the last'}",
+        "weights": f"update {run.best['update']}, {chosen if args.held_out else 'the last'}",
         "curve": run.curve,
     }
     if run.device.type == "cuda":

@@ -9,6 +9,7 @@ import argparse
 import copy
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib
@@ -17,6 +18,7 @@ matplotlib.use("Agg")
 import torch
 from digits import network, test_set, train_set
 from matplotlib import pyplot as plt
+from records import environment, write
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from tqdm import tqdm
@@ -132,6 +134,7 @@ def main() -> None:
         "--autoattack", action="store_true", help="AutoAttack too: minutes on a CPU"
     )
     parser.add_argument("--fast", action="store_true", help="8 passes, to see that it runs")
+    parser.add_argument("--json", type=Path, help="write the results there too")
     parser.add_argument("--out", type=Path, default=Path("quickstart.png"), help="the picture")
     args = parser.parse_args()
     passes = 8 if args.fast else args.passes
@@ -165,7 +168,8 @@ def main() -> None:
     _, test = data(args.batch_size, args.seed)
     for method, (model, _) in runs.items():
         result = evaluate(model, test, threat, steps=40)
-        row = {"method": method, "seconds": seconds[method], "model": model.eval()}
+        row = {"method": method, "model": model.eval(), "seconds": seconds[method]}
+        row |= {"relative": seconds[method] / seconds["natural"]}
         row |= {"clean": result.clean, "robust": result.robust}
         if args.autoattack:
             row["autoattack"] = evaluate(model, test, threat, attack="autoattack").robust
@@ -174,10 +178,9 @@ def main() -> None:
     extra = f"{'AutoAttack':>12}" if args.autoattack else ""
     print(f"{'method':<10}{'seconds':>9}{'relative':>10}{'clean':>9}{'PGD-40':>9}{extra}")
     for row in rows:
-        relative = row["seconds"] / rows[0]["seconds"]
         extra = f"{row['autoattack']:>12.1%}" if args.autoattack else ""
         print(
-            f"{row['method']:<10}{row['seconds']:>9.1f}{relative:>9.2f}x"
+            f"{row['method']:<10}{row['seconds']:>9.1f}{row['relative']:>9.2f}x"
             f"{row['clean']:>9.1%}{row['robust']:>9.1%}{extra}"
         )
     print(
@@ -186,6 +189,32 @@ def main() -> None:
     )
     draw(args.out, rows, threat, test)
     print(f"picture: {args.out}")
+    if args.json:
+        write(args.json, record(args, rows, result))
+
+
+def record(args: argparse.Namespace, rows: list[dict], result) -> dict:
+    """The results and how they were made; accuracies are shares of the test images."""
+    settings = {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
+    rows = [{k: v for k, v in row.items() if k != "model"} for row in rows]
+    accuracies = [k for k in ("clean", "robust", "autoattack") if k in rows[0]]
+    names = {"robust": "PGD-40", "autoattack": "AutoAttack"}
+    table = [
+        "| method | time, relative | " + " | ".join(names.get(k, k) for k in accuracies) + " |"
+    ]
+    table.append("| --- " * (2 + len(accuracies)) + "|")
+    for row in rows:
+        name = f"Free, m={args.replays}" if row["method"] == "free" else row["method"]
+        cells = [f"{row['relative']:.2f}", *(f"{row[k]:.1%}" for k in accuracies)]
+        table.append(f"| {name} | {' | '.join(cells)} |")
+    attack = {"name": result.attack, "count": result.count, "threat": asdict(result.threat)}
+    return {
+        "arguments": settings,
+        "environment": environment("cpu"),
+        "attack": attack,
+        "rows": rows,
+        "table": table,
+    }
 
 
 if __name__ == "__main__":

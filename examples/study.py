@@ -23,12 +23,19 @@ SMALL = (
     "--test-batch 1000 --attacks pgd-50 autoattack"
 )
 FREE = "--method free --replays"
+TUNE = "--passes 5 --lr 0.05 --looks 5"
 STUDIES: dict[str, dict[str, str]] = {
     "methods": {
         "natural": "--method natural",
         **{f"Free, m={m}": f"{FREE} {m}" for m in (2, 4, 8, 10)},
         "PGD-7": "--method pgd",
         "FGSM-RS": "--method fgsm-rs",
+    },
+    "finetune": {  # weights of the natural run of the same seed, made robust in a tenth of its passes
+        "natural": "--method natural",
+        "natural, then Free m=4": f"{FREE} 4 {TUNE} --init {{natural}}",
+        "natural, then PGD-7": f"--method pgd {TUNE} --init {{natural}}",
+        "Free m=4 alone, as short": f"{FREE} 4 {TUNE}",
     },
     "details": {
         "Free, m=8": f"{FREE} 8",
@@ -46,7 +53,8 @@ def run(label: str, arguments: str, seed: int, args: argparse.Namespace) -> dict
     result = out / "result.json"
     if not result.exists():
         print(f"{label}, seed {seed}", file=sys.stderr)
-        line = f"{SMALL} {arguments} --seed {seed}"
+        natural = shlex.quote(str(args.out / f"natural-{seed}" / "weights.pt"))
+        line = f"{SMALL} {arguments.format(natural=natural)} --seed {seed}"
         paths = ["--data", str(args.data), "--out", str(out)]
         cifar10.main([*shlex.split(line), *args.rest, *paths])
     record = json.loads(result.read_text())

@@ -6,10 +6,13 @@ Trains the network of quickstart.py with Free as the library does it, and with o
 """
 
 import argparse
+from dataclasses import asdict
+from pathlib import Path
 from statistics import mean, stdev
 
 import torch
 from quickstart import data, network
+from records import environment, write
 from torch.nn import functional
 from tqdm import tqdm
 
@@ -64,10 +67,15 @@ def main() -> None:
     parser.add_argument("--replays", type=int, default=8)
     parser.add_argument("--eps", type=float, default=0.15)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write the results there too")
     args = parser.parse_args()
     threat = ThreatModel(args.eps)
     _, test = data(64, 0)
-    table = []
+    table, rows, lines = (
+        [],
+        [],
+        [f"| Free, m={args.replays} | clean % | PGD-40 % |", "| --- | --- | --- |"],
+    )
     for name, changes in tqdm(VARIANTS.items(), leave=False):
         results = []
         for seed in range(args.seeds):
@@ -77,6 +85,8 @@ def main() -> None:
             [100 * r[i] for r in ((r.clean, r.robust) for r in results)] for i in (0, 1)
         )
         spread = stdev(robust) if args.seeds > 1 else 0.0
+        rows.append({"variant": name, "clean": clean, "robust": robust})
+        lines.append(f"| {name} | {mean(clean):.1f} | {mean(robust):.1f} ± {spread:.1f} |")
         table.append(f"{name:<36}{mean(clean):>8.1f}{mean(robust):>9.1f} ± {spread:.1f}")
     print(f"{'Free, m=' + str(args.replays):<36}{'clean':>8}{'PGD-40':>9}")
     print("\n".join(table))
@@ -84,6 +94,11 @@ def main() -> None:
         f"\ndigits, 360 test images, linf eps {args.eps:g}, PGD-40 with 1 random start, {args.passes} "
         f"passes, {args.seeds} seeds, torch {torch.__version__}"
     )
+    if args.json:
+        settings = {k: v for k, v in vars(args).items() if k != "json"}
+        attack = {"name": results[0].attack, "count": results[0].count, "threat": asdict(threat)}
+        made = {"arguments": settings, "environment": environment("cpu"), "attack": attack}
+        write(args.json, {**made, "rows": rows, "table": lines})
 
 
 if __name__ == "__main__":

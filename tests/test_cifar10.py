@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -137,6 +138,26 @@ def test_every_method_makes_the_same_number_of_updates_and_anneals(cifar10, data
         assert len(rates) == 30
         assert max(rates) == pytest.approx(0.05)
         assert rates[-2] < 0.001
+
+
+@pytest.mark.parametrize(("method", "judge"), [("natural", "clean"), ("free", "robust")])
+def test_the_best_look_at_the_held_out_images_gives_the_weights(
+    method, judge, cifar10, data, monkeypatch
+):
+    run = begin(cifar10, data, "--method", method)
+    scores = iter([(0.5, 0.3), (0.7, 0.1), (0.6, 0.2)])  # clean and robust
+
+    def found(*args, **settings):
+        clean, robust = next(scores)
+        return SimpleNamespace(clean=clean, robust=robust)
+
+    monkeypatch.setattr(cifar10, "evaluate", found)
+    for _ in run.updates():
+        run.losses, run.since = torch.ones(()), 1
+        if run.step % 10 == 0:
+            run.look()
+    assert [row[judge] for row in run.curve][run.best["update"] // 10 - 1] == run.best["score"]
+    assert run.best["update"] == (20 if method == "natural" else 10)
 
 
 def test_held_out_images_are_not_trained_on(cifar10, data):
