@@ -202,3 +202,35 @@ def test_training_begins_with_the_weights_of_another_run(undisturbed, cifar10, d
     weights = torch.load(undisturbed[0] / "weights.pt", weights_only=True)["weights"]
     run = begin(cifar10, data, "--init", undisturbed[0] / "weights.pt")
     assert same(dict(run.model.state_dict()), weights)
+
+
+@pytest.fixture(scope="module")
+def study(cifar10):
+    import study
+
+    return study
+
+
+def test_a_study_makes_its_table_from_runs_that_it_keeps(study, data, tmp_path, capsys):
+    more = [*SMALL.split(), "--images", "40", "--test-images", "18", "--attacks", "pgd-20"]
+    made = ["--data", str(data), "--out", str(tmp_path / "runs")]
+    made += ["--json", str(tmp_path / "study.json"), "--plot", str(tmp_path / "study.png")]
+    study.main(["finetune", *made, "--seeds", "2", "--", *more])
+    record = json.loads((tmp_path / "study.json").read_text())
+    assert [r["label"] for r in record["runs"]] == list(study.STUDIES["finetune"]) * 2
+    assert [r["arguments"]["seed"] for r in record["runs"]] == [0] * 4 + [1] * 4
+    assert record["table"][0] == "| method | time | clean % | pgd-20 % |"
+    assert "| natural | 1.00 |" in record["table"][2]
+    assert "±" in record["table"][3]
+    assert "\n".join(record["table"]) in capsys.readouterr().out
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+
+    begun = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    study.main(["finetune", *made, "--seeds", "2", "--", *more])  # all of it is there
+    assert begun == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    start, tuned = (
+        torch.load(tmp_path / "runs" / name / "last.pt", weights_only=True)["arguments"]["init"]
+        for name in ("natural-0", "natural--then-PGD-7-0")
+    )
+    assert start is None
+    assert tuned == "weights.pt"
