@@ -195,7 +195,8 @@ def _autoattack(threat: ThreatModel) -> Attack:
 
         eps = threat.eps / (high - low)
         adversary = AutoAttack(on_unit_images, norm=norm, eps=eps, seed=0, device=x.device)
-        unit = ((threat.to_pixels(x) - low) / (high - low)).clamp(0, 1)
+        # pyautoattack calls view(), which channels_last does not allow.
+        unit = ((threat.to_pixels(x) - low) / (high - low)).clamp(0, 1).contiguous()
         found, _ = adversary.run_standard_evaluation(unit, y, batch_size=len(x))
         return threat.from_pixels(low + (high - low) * found, x.dtype)
 

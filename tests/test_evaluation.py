@@ -280,7 +280,8 @@ def test_autoattack_agrees_with_pyautoattack_in_the_units_of_the_loader(norm, ep
 
     normalised = nn.Sequential(Denormalise(), *model)
     threat = ThreatModel(eps, norm, mean=0.5, std=0.25)
-    loader = [((x - 0.5) / 0.25, y)]
+    x = ((x - 0.5) / 0.25).contiguous(memory_format=torch.channels_last)
+    loader = [(x, y)]
     result = evaluate(normalised, loader, threat, attack="autoattack", progress=False)
     assert "AutoAttack standard" in str(result)
     assert result.clean == 1
@@ -288,7 +289,11 @@ def test_autoattack_agrees_with_pyautoattack_in_the_units_of_the_loader(norm, ep
 
 
 class Denormalise(nn.Module):
+    """Its gradient comes in the layout that a convolution in channels_last gives."""
+
     def forward(self, x):
+        if x.requires_grad:
+            x.register_hook(lambda grad: grad.contiguous(memory_format=torch.channels_last))
         return x * 0.25 + 0.5
 
 
