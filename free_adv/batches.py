@@ -42,30 +42,31 @@ def find(batch: Any, path: Path) -> Tensor:
 
 def put(batch: Any, path: Path, x: Tensor) -> Any:
     """`batch` with `x` at `path`; lists and dicts are changed in place, other containers rebuilt."""
+    return _replaced(batch, path, batch, _steps(batch, path), x)
 
-    def replaced(value: Any, steps: Path) -> Any:
-        if not steps:
-            return x
-        key = steps[0]
-        child = replaced(_child(batch, path, value, key), steps[1:])
-        if isinstance(value, tuple):
-            if isinstance(key, str):
-                key = value._fields.index(key)  # type: ignore[attr-defined]
-            items = list(value)
-            items[key] = child
-            return _like(value, items)
-        if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
-            return type(value)({**value, key: child})  # type: ignore[call-arg]
-        if not isinstance(value, list | MutableMapping):
-            value = copy.copy(value)  # tree_map leaves an object of the user's own as it was
-        if isinstance(key, str) and not isinstance(value, Mapping) and hasattr(value, key):
-            assign = object.__setattr__ if dataclasses.is_dataclass(value) else setattr  # if frozen
-            assign(value, key, child)
-        else:
-            value[key] = child
-        return value
 
-    return replaced(batch, _steps(batch, path))
+def _replaced(batch: Any, path: Path, value: Any, steps: Path, x: Tensor) -> Any:
+    # No closure that calls itself: such a cycle would keep x and its gradient until a garbage collection.
+    if not steps:
+        return x
+    key = steps[0]
+    child = _replaced(batch, path, _child(batch, path, value, key), steps[1:], x)
+    if isinstance(value, tuple):
+        if isinstance(key, str):
+            key = value._fields.index(key)  # type: ignore[attr-defined]
+        items = list(value)
+        items[key] = child
+        return _like(value, items)
+    if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
+        return type(value)({**value, key: child})  # type: ignore[call-arg]
+    if not isinstance(value, list | MutableMapping):
+        value = copy.copy(value)  # tree_map leaves an object of the user's own as it was
+    if isinstance(key, str) and not isinstance(value, Mapping) and hasattr(value, key):
+        assign = object.__setattr__ if dataclasses.is_dataclass(value) else setattr  # if frozen
+        assign(value, key, child)
+    else:
+        value[key] = child
+    return value
 
 
 def tree_map(fn: Callable[[Tensor], Tensor], value: Any) -> Any:

@@ -40,6 +40,7 @@ class Slot:
         for rows, leaf in self.leaves.items():
             if leaf.grad is not None:
                 perturbation.ascend(rows, leaf.grad)
+                leaf.grad = None  # the loop's last loss still holds the leaf
 
 
 class _Tap(torch.autograd.Function):

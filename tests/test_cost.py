@@ -1,6 +1,7 @@
 """What a replay costs beside the training itself: no waiting for the device, no further copies."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -122,3 +123,27 @@ def test_a_replay_adds_delta_its_gradient_and_one_copy_of_the_input():
         expected = (t.untyped_storage().data_ptr() for t in (delta, grad, x))
         assert new == set(expected)
         del x, grad, delta
+
+
+@pytest.mark.parametrize("key", [0, ("inputs", 0)])
+def test_what_a_replay_leaves_goes_at_once_without_a_garbage_collection(key):
+    x, y = batches((4,))[0]
+    batch = (x, y) if key == 0 else {"inputs": [x], "y": y}
+    free = FreeAdversarial(eps=0.1, replays=4, key=key)
+    weight = torch.ones((), requires_grad=True)
+    inputs, grads = [], []
+    gc.collect()
+    gc.disable()
+    try:
+        for moved in free.replay([batch]):
+            assert [ref() for ref in inputs + grads] == [None] * 2 * len(inputs)
+            moved = moved[0] if key == 0 else moved["inputs"][0]
+            loss = (moved * weight).sum()
+            loss.backward()
+            (leaf,) = free._flight.minibatch.slots[0].leaves.values()
+            inputs.append(weakref.ref(moved))
+            grads.append(weakref.ref(leaf.grad))
+            del moved, leaf  # the loop keeps its loss, as loops do
+    finally:
+        gc.enable()
+    assert loss.grad_fn is not None
