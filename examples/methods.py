@@ -69,7 +69,7 @@ def _public(loader: Batches, threat: ThreatModel, replays: int) -> Iterator[tupl
         if delta is None:
             delta = torch.zeros_like(x)
         for _ in range(replays):
-            noise = delta[: len(x)].clone().requires_grad_()
+            noise = delta[: len(x)].detach().requires_grad_()
             yield (x + noise).clamp(low, high), y
             delta[: len(x)] += threat.eps * noise.grad.sign()
             delta.clamp_(-threat.eps, threat.eps)
