@@ -1,7 +1,7 @@
 """The cost of a training step by every method, side by side in one process.
 
     python examples/benchmark.py --models resnet18.a1_in1k:96 vit_tiny_patch16_224:224 --dtype fp32 bf16
-    python examples/benchmark.py --loader --models cnn-8:96
+    python examples/benchmark.py --loader --models cnn-8:32 --workers 1
 
 In each round every method takes its turn, in an order that rotates; ratios are of turns of the same round. A turn
 of Free is a whole minibatch, so what happens once per minibatch counts too. With --loader each turn is a pass over
