@@ -83,7 +83,7 @@ class _Public:
                 self.delta = torch.zeros_like(x)
             delta = self.delta[: len(x)]
             for _ in range(self.replays):
-                noise = delta.clone().requires_grad_()
+                noise = delta.detach().requires_grad_()
                 yield (x + noise).clamp(low, high), y
                 delta += eps * noise.grad.sign()
                 delta.clamp_(-eps, eps)
