@@ -24,7 +24,7 @@ SMALL = (
 )
 FREE = "--method free --replays"
 QUICK = "--attacks pgd-50"
-TUNE = "--passes 5 --lr 0.05 --looks 5"
+TUNE = f"--passes 5 --lr 0.05 --looks 5 {QUICK}"
 STUDIES: dict[str, dict[str, str]] = {
     "methods": {
         "natural": "--method natural",
@@ -36,7 +36,12 @@ STUDIES: dict[str, dict[str, str]] = {
         "natural": "--method natural",
         "natural, then Free m=4": f"{FREE} 4 {TUNE} --init {{natural}}",
         "natural, then PGD-7": f"--method pgd {TUNE} --init {{natural}}",
-        "Free m=4 alone, as short": f"{FREE} 4 {TUNE}",
+        "Free m=4 alone, as long": f"{FREE} 4 {TUNE}",
+    },
+    "short": {
+        "natural": f"--method natural {QUICK}",
+        **{f"Free, m={m}": f"{FREE} {m} {QUICK}" for m in (4, 8)},
+        "PGD-7": f"--method pgd {QUICK}",
     },
     "details": {
         "Free, m=8": f"{FREE} 8",
@@ -46,10 +51,10 @@ STUDIES: dict[str, dict[str, str]] = {
     },
     "recipe": {
         "Free, m=8": f"{FREE} 8",
-        "with averaged weights": f"{FREE} 8 --ema 0.999",
-        "with SiLU": f"{FREE} 8 --activation silu",
-        "with label smoothing 0.1": f"{FREE} 8 --label-smoothing 0.1",
-        "with all three": f"{FREE} 8 --ema 0.999 --activation silu --label-smoothing 0.1",
+        "with averaged weights": f"{FREE} 8 --ema 0.999 {QUICK}",
+        "with SiLU": f"{FREE} 8 --activation silu {QUICK}",
+        "with label smoothing 0.1": f"{FREE} 8 --label-smoothing 0.1 {QUICK}",
+        "with all three": f"{FREE} 8 --ema 0.999 --activation silu --label-smoothing 0.1 {QUICK}",
     },
 }
 
@@ -62,6 +67,7 @@ def run(label: str, arguments: str, seed: int, args: argparse.Namespace) -> dict
     if not result.exists():
         print(f"{label}, seed {seed}", file=sys.stderr)
         natural = shlex.quote(str(args.out / f"natural-{seed}" / "weights.pt"))
+        arguments += "" if seed < args.full_seeds else f" {QUICK}"
         line = f"{SMALL} {arguments.format(natural=natural)} --seed {seed}"
         paths = ["--data", str(args.data), "--out", str(out)]
         cifar10.main([*shlex.split(line), *args.rest, *paths])
@@ -77,8 +83,11 @@ def spread(values: list[float]) -> str:
 def table(runs: list[dict[str, Any]]) -> list[str]:
     """Rows in Markdown: seconds relative to the first label of the same seed, and accuracies in %."""
     labels = list(dict.fromkeys(r["label"] for r in runs))
-    attacks = [a["name"] for a in runs[0]["results"]]
-    attacks = [n for n in attacks if all(n in [a["name"] for a in r["results"]] for r in runs)]
+    made = {
+        label: {a["name"] for r in runs if r["label"] == label for a in r["results"]}
+        for label in labels
+    }
+    attacks = [a["name"] for a in runs[0]["results"] if all(a["name"] in m for m in made.values())]
     base = {r["arguments"]["seed"]: r["cpu_seconds"] for r in runs if r["label"] == labels[0]}
     lines = [
         " | ".join(["| method", "time", "clean %", *(f"{a} %" for a in attacks)]) + " |",
@@ -132,6 +141,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--full-seeds", type=int, default=1, help="seeds with AutoAttack, minutes each"
+    )
     parser.add_argument("--json", type=Path, help="all results, without their curves")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args(argv[:cut])

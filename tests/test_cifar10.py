@@ -212,7 +212,19 @@ def study(cifar10):
 
 
 def test_a_study_makes_its_table_from_runs_that_it_keeps(study, data, tmp_path, capsys):
-    more = [*SMALL.split(), "--images", "40", "--test-images", "18", "--attacks", "pgd-20"]
+    more = [
+        *SMALL.split(),
+        "--passes",
+        "3",
+        "--looks",
+        "1",
+        "--images",
+        "40",
+        "--test-images",
+        "18",
+        "--attacks",
+        "pgd-20",
+    ]
     made = ["--data", str(data), "--out", str(tmp_path / "runs")]
     made += ["--json", str(tmp_path / "study.json"), "--plot", str(tmp_path / "study.png")]
     study.main(["finetune", *made, "--seeds", "2", "--", *more])
