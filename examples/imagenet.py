@@ -1,0 +1,399 @@
+r"""ImageNet, or any folder of images, with any timm model: the paper's large experiment, as a job that survives preemption.
+
+    python examples/imagenet.py --data imagenet --out runs/free
+    torchrun --nproc-per-node 8 examples/imagenet.py --data imagenet --out runs/free --amp bf16 --channels-last
+    torchrun --nproc-per-node 8 examples/imagenet.py --data 'shards/train-{0000..1023}.tar' --images 1281167 \
+        --val imagenet/val --out runs/free
+
+`imagenet` holds train/ and val/ with a folder for each class. The cost is set by `--passes`, natural passes over
+the data: every method makes as many updates. The same command, given again, goes on from `--out/last.pt`, bit-equal to a
+run that was never stopped, as far as the kernels of the device are deterministic. On SIGTERM the job finishes its
+update, saves and exits with 143, which schedulers and `torchrun --max-restarts` read as "not done, start it again"; 0 would
+tell them that it is done. `--out` must be a directory that all machines share.
+
+Reported are the clean accuracy and that under PGD-10 and PGD-50 in steps of eps / 4, the paper's 1/255 at its eps of
+4/255, with one random start each, in float32. Images per second count an image once for each update.
+"""
+
+import argparse
+import functools
+import math
+import signal
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import images
+import jobs
+import methods
+import nets
+import records
+import timm
+import torch
+from timm.models import load_checkpoint
+from torch import Tensor, distributed, nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Subset
+from torchvision.datasets import ImageFolder
+
+from free_adv import FreeAdversarial, ThreatModel, evaluate, pgd
+
+# What may be another when a job goes on.
+MAY_CHANGE = ("data", "val", "out", "workers", "save_every", "save_updates", "log_every")
+MAY_CHANGE += ("eval_every", "eval_images", "autoattack")
+PREEMPTED = 128 + signal.SIGTERM
+
+
+def say(text: str) -> None:
+    if distributed.get_rank() == 0:
+        print(text, flush=True)
+
+
+def layout(args: argparse.Namespace) -> torch.memory_format:
+    return torch.channels_last if args.channels_last else torch.contiguous_format
+
+
+def build(args: argparse.Namespace, classes: int, pretrained: bool) -> nn.Sequential:
+    """Standardisation by the model's own mean and std, most often ImageNet's, and the model."""
+    arguments = {"pretrained": pretrained, "num_classes": classes}
+    try:
+        net = timm.create_model(args.model, img_size=args.size, **arguments)
+    except TypeError:  # the model takes any size
+        net = timm.create_model(args.model, **arguments)
+    config = timm.data.resolve_model_data_config(net)
+    return nn.Sequential(nets.Standardise(config["mean"], config["std"]), net)
+
+
+def factor(schedule: str, update: int, total: int, warmup: int) -> float:
+    """The learning rate over its peak; "step" divides it by 10 after each third, as after 30 and 60 of 90 passes."""
+    if update < warmup:
+        return (update + 1) / warmup
+    if schedule == "step":
+        return 0.1 ** (3 * update // total)
+    return (1 + math.cos(math.pi * (update - warmup) / (total - warmup))) / 2
+
+
+def read(args: argparse.Namespace, ranks: int) -> tuple[Any, ImageFolder, int]:
+    """What to train on, a folder or a list of shards; the validation images; the number of training images."""
+    _, centre = images.transforms(args.size, args.resize)
+    val = ImageFolder(args.val or f"{args.data}/val", centre)
+    if not args.data.endswith(".tar"):
+        train = ImageFolder(f"{args.data}/train")
+        if train.classes != val.classes:
+            sys.exit(f"{train.root} and {val.root} have different classes")
+        return train, val, len(train)
+    import webdataset
+
+    shards = list(webdataset.shardlists.expand_urls(args.data))
+    if len(shards) < ranks * max(1, args.workers):
+        sys.exit(f"{len(shards)} shards are too few for {ranks} ranks with {args.workers} workers")
+    return shards, val, args.images
+
+
+class Training:
+    """A model in training and what it has come to."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        self.args, self.device = args, device
+        self.rank, self.ranks = distributed.get_rank(), distributed.get_world_size()
+        self.data, self.val, count = read(args, self.ranks)
+        self.classes = len(self.val.classes)
+        self.batch = args.batch_size * self.ranks
+        self.per_pass = count // self.batch  # updates
+        self.total = args.passes * self.per_pass
+        if not self.total:
+            sys.exit(f"{count} images are less than a batch of {self.batch}")
+        self.update, self.seconds, self.history = 0, 0.0, []
+
+        torch.manual_seed(args.seed)
+        self.net = net = build(args, self.classes, args.pretrained)
+        if args.init:
+            load_checkpoint(net[1], str(args.init))
+        net.to(device, memory_format=layout(args))
+        self.ema = None
+        if args.ema:
+            self.ema = AveragedModel(net, multi_avg_fn=self.average, use_buffers=True)
+        if args.fsdp:
+            for module in (net, self.ema.module) if self.ema else (net,):
+                jobs.shard(module, device)
+        if args.compile:
+            net.compile()
+        on = args.amp == "bf16"
+        self.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=on)
+        self.model: nn.Module = net
+        if self.ranks > 1 and not args.fsdp:
+            self.model = DistributedDataParallel(net)
+            with self.autocast():
+                x = torch.zeros(args.batch_size, 3, args.size, args.size, device=device)
+                jobs.rehearse(self.model, x.to(memory_format=layout(args)))
+        settings = {"lr": args.lr, "weight_decay": args.weight_decay}
+        if args.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(net.parameters(), momentum=args.momentum, **settings)
+        else:
+            self.optimizer = torch.optim.AdamW(net.parameters(), **settings)
+        self.threat = ThreatModel(args.eps / 255)
+        self.free = FreeAdversarial(eps=args.eps / 255, replays=args.replays)
+        torch.manual_seed(images.seed_of(args.seed, self.rank))  # each rank has dropout of its own
+        starts = images.seed_of(args.seed, self.rank, 1)
+        self.generator = torch.Generator(device).manual_seed(starts)
+
+        self.facts = {"images": count, "classes": self.classes, "ranks": self.ranks}
+        matter = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+        matter |= {**self.facts, "init": args.init and str(args.init)}
+        if isinstance(self.data, list):  # a shard has one reader
+            matter["workers"] = max(1, args.workers)
+        self.checkpoint = jobs.Checkpoint(args.out, matter, net, self.optimizer, self.ema)
+        way = "FSDP" if args.fsdp else "DDP" if self.ranks > 1 else "one process"
+        say(
+            f"{args.model}, {args.method}, eps {args.eps:g}/255, {args.passes} passes over {count} images of "
+            f"{self.classes} classes: {self.total} updates of {self.batch}; {self.ranks} x {device.type}, {way}"
+        )
+
+    def average(self, averaged: list[Tensor], current: list[Tensor], n: Tensor) -> None:
+        """Move the average; its decay is warmed up, and n is known without a look at the GPU."""
+        decay = min(self.args.ema, (1 + self.update) / (10 + self.update))
+        pieces = (
+            [getattr(t, "to_local", lambda t=t: t)() for t in ts] for ts in (averaged, current)
+        )
+        get_ema_multi_avg_fn(decay)(*pieces, n)
+
+    def save(self) -> None:
+        start = time.perf_counter()
+        progress = {"update": self.update, "seconds": self.seconds, "history": self.history}
+        own = {"free": self.free.state_dict(), "generator": self.generator.get_state()}
+        self.checkpoint.save(progress, own)
+        say(f"saved update {self.update} in {time.perf_counter() - start:.1f} s")
+
+    def resume(self) -> None:
+        if state := self.checkpoint.load(self.device):
+            progress, own = state
+            self.update, self.seconds = progress["update"], progress["seconds"]
+            self.history = progress["history"]
+            self.free.load_state_dict(own["free"])
+            self.generator.set_state(own["generator"].cpu())
+            say(f"goes on from update {self.update} of {self.checkpoint.last}")
+
+    def feed(self) -> images.Feed:
+        """The batches that have not been taken yet, however many of the updates with the last one have been made."""
+        args = self.args
+        each = methods.updates_per_batch(args.method, args.replays)
+        first, stop = -(-self.update // each), -(-self.total // each)
+        own = self.rank, self.ranks, args.seed
+        plan = images.Plan(args.batch_size, self.per_pass, first, stop, *own)
+        augment, _ = images.transforms(args.size, args.resize)
+        if isinstance(self.data, list):
+            what = {
+                "dataset": images.Shards(self.data, augment, plan),
+                "batch_size": args.batch_size,
+            }
+        else:
+            order = images.Order(len(self.data), plan)
+            what = {
+                "dataset": images.Folder(self.data, augment, args.seed),
+                "batch_sampler": order,
+            }
+        return self.load(**what)
+
+    def load(self, **what: Any) -> images.Feed:
+        loader = DataLoader(
+            **what,
+            num_workers=self.args.workers,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=images.ignore_sigterm,
+            generator=torch.Generator(),  # or it would draw from the global one
+        )
+        return images.Feed(loader, self.device, layout(self.args))
+
+    def train(self) -> None:
+        """Make the updates that are left, and log, evaluate and save on the way."""
+        args, feed = self.args, self.feed()
+        peak, warmup = args.lr * self.batch / 256, round(args.warmup * self.per_pass)
+        between = args.eval_every * self.per_pass
+        terminated = threading.Event()
+        before = signal.signal(signal.SIGTERM, lambda *_: terminated.set())
+        saved = mark = time.perf_counter()
+        lap = self.update, self.seconds, 0.0
+        losses = torch.zeros((), device=self.device)
+        self.model.train()
+        how = self.net, self.threat, self.free, args.replays, self.generator, self.autocast
+        for x, y in methods.batches(args.method, feed, *how):
+            rate = peak * factor(args.schedule, self.update, self.total, warmup)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            with self.autocast():
+                output = self.model(x).float()
+            loss = functional.cross_entropy(output, y, label_smoothing=args.label_smoothing)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.update += 1
+            if self.ema:
+                self.ema.update_parameters(self.net)
+            losses += loss.detach()
+
+            done = self.update == self.total
+            log = done or self.update % args.log_every == 0
+            look = between and self.update % between == 0 and not done
+            late = done or time.perf_counter() - saved > args.save_every
+            late = late or (args.save_updates and self.update % args.save_updates == 0)
+            # All ranks save and stop after the same update, whichever wants to.
+            vote = jobs.agree(2 if terminated.is_set() else 1 if late else 0)
+            if not (log or look or vote):
+                continue
+            if jobs.agree(not math.isfinite(losses)):
+                sys.exit(f"update {self.update}: the loss is not finite; see --lr and --warmup")
+            self.seconds += time.perf_counter() - mark
+            if log:
+                updates, seconds = self.update - lap[0], self.seconds - lap[1]
+                left = timedelta(seconds=round((self.total - self.update) * seconds / updates))
+                say(
+                    f"update {self.update}/{self.total}  lr {rate:.4g}  loss {losses / updates:.4f}  "
+                    f"{updates * self.batch / seconds:.0f} images/s  "
+                    f"waiting for the loader {(feed.waited - lap[2]) / seconds:.0%}  ETA {left}"
+                )
+                lap = self.update, self.seconds, feed.waited
+                losses.zero_()
+            if look:
+                self.history += self.evaluate({10: args.eval_images})
+            if vote:
+                self.save()
+                saved = time.perf_counter()
+            if vote == 2:
+                say("SIGTERM: stops here; the same command goes on from here")
+                sys.exit(PREEMPTED)
+            if done:
+                break
+            mark = time.perf_counter()
+        signal.signal(signal.SIGTERM, before)
+
+    def plain(self) -> nn.Module:
+        """A copy of the model, of its average if there is one, in one piece and the same on all ranks."""
+        state = jobs.whole(self.ema.module if self.ema else self.net)
+        with torch.random.fork_rng(devices=[]):
+            net = build(self.args, self.classes, pretrained=False)
+        if self.rank == 0:
+            net.load_state_dict(state)
+        net.to(self.device, memory_format=layout(self.args))
+        for tensor in net.state_dict().values():
+            distributed.broadcast(tensor, 0)
+        return net
+
+    def evaluate(self, plan: dict[int | str, int]) -> list[dict[str, Any]]:
+        """Accuracies by attack, the steps of PGD or "autoattack", each on so many images of a fixed order."""
+        net, found = self.plain(), []
+        order = torch.randperm(len(self.val), generator=torch.Generator().manual_seed(0)).tolist()
+        for attack, count in plan.items():
+            steps = attack if isinstance(attack, int) else None
+            if steps:
+                starts = torch.Generator(self.device).manual_seed(self.rank)
+                how = {"steps": steps, "step_size": self.threat.eps / 4, "generator": starts}
+                attack = functools.partial(pgd, threat=self.threat, **how)
+                attack.__name__ = f"PGD steps={steps} restarts=1"
+            share = Subset(self.val, order[:count][self.rank :: self.ranks])
+            feed = self.load(dataset=share, batch_size=self.args.batch_size)
+            result = evaluate(net, feed, self.threat, attack=attack, sharded=True)
+            say(f"update {self.update}  {result}")
+            record = {"update": self.update, "attack": result.attack, "steps": steps, "restarts": 1}
+            record |= {"norm": self.threat.norm, "eps": self.threat.eps, "images": result.count}
+            found.append({**record, "clean": result.clean, "robust": result.robust})
+        return found
+
+
+def parse() -> argparse.Namespace:
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=form)
+    add = parser.add_argument
+    add(
+        "--data",
+        required=True,
+        help="folder with train/ and val/, or shards: 'train-{000..146}.tar'",
+    )
+    add("--val", help="folder of classes to evaluate on, if not --data/val")
+    add("--images", type=int, help="number of training images, with shards")
+    add("--out", type=Path, required=True, help="folder for checkpoints and result.json")
+    add("--model", default="resnet50", help="any name of timm's")
+    add("--pretrained", action="store_true", help="begin with timm's weights")
+    add("--init", type=Path, help="begin with the weights in this file")
+    add("--method", default="free", choices=["natural", "free", "pgd", "fgsm-rs"])
+    add("--replays", type=int, default=4, help="the paper's m")
+    add("--eps", type=float, default=4, help="linf radius, of 255")
+    add("--passes", type=int, default=90, help="natural passes over the data: the cost")
+    add("--batch-size", type=int, default=256, help="of each rank")
+    add("--lr", type=float, default=0.1, help="peak for 256 images an update, scaled linearly")
+    add("--optimizer", default="sgd", choices=["sgd", "adamw"])
+    add("--momentum", type=float, default=0.9, help="of SGD")
+    add("--weight-decay", type=float, default=1e-4)
+    add("--schedule", default="cosine", choices=["cosine", "step"])
+    add("--warmup", type=float, default=5, help="passes in which the learning rate rises linearly")
+    add("--label-smoothing", type=float, default=0.0)
+    add("--ema", type=float, default=0.0, help="decay of the averaged weights; 0 for none")
+    add("--size", type=int, default=224, help="pixels a side")
+    add("--resize", type=int, help="shorter side before the centre crop, if not size * 256 // 224")
+    add("--amp", default="none", choices=["none", "bf16"])
+    add("--channels-last", action="store_true")
+    add("--compile", action="store_true")
+    add("--fsdp", action="store_true", help="shard the model over the ranks instead of copying it")
+    add("--workers", type=int, default=8, help="of the loader, per rank")
+    add("--seed", type=int, default=0)
+    add("--save-every", type=float, default=600, help="seconds between checkpoints")
+    add("--save-updates", type=int, default=0, help="updates between checkpoints, as well")
+    add("--log-every", type=int, default=50, help="updates between lines")
+    add(
+        "--eval-every",
+        type=int,
+        default=10,
+        help="passes between evaluations by PGD-10; 0 for none",
+    )
+    add("--eval-images", type=int, default=1000, help="for these evaluations")
+    add(
+        "--autoattack",
+        type=int,
+        default=0,
+        metavar="N",
+        help="attack N images by AutoAttack at the end",
+    )
+    args = parser.parse_args()
+    args.resize = args.resize or args.size * 256 // 224
+    if args.data.endswith(".tar") and not (args.val and args.images):
+        parser.error("shards need --val FOLDER and --images COUNT")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    training = Training(args, jobs.join())
+    training.resume()
+    if training.update < training.total:
+        training.train()
+    count = len(training.val)
+    attacks: dict[int | str, int] = {10: count, 50: count}
+    if args.autoattack:
+        attacks["autoattack"] = min(count, args.autoattack)
+    accuracies = training.evaluate(attacks)
+    weights = training.plain()[1].state_dict()
+    if training.rank == 0:
+        cuda = training.device.type == "cuda"
+        record = {
+            "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+            **training.facts,
+            "environment": records.environment(training.device),
+            "updates": training.total,
+            "seconds": round(training.seconds, 1),
+            "images_per_second": round(training.total * training.batch / training.seconds, 1),
+            "peak_memory": torch.cuda.max_memory_allocated() if cuda else None,
+            "accuracies": accuracies,
+            "history": training.history,
+        }
+        records.save(args.out / "weights.pt", weights)
+        records.write(args.out / "result.json", record)
+        say(f"wrote {args.out / 'result.json'} and weights.pt, which has the names of timm")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
