@@ -114,7 +114,8 @@ class Training:
         self.net = net = build(args, self.classes, args.pretrained)
         if args.init:
             load_checkpoint(net[1], str(args.init))
-        net.to(device, memory_format=layout(args))
+        # FSDP takes contiguous weights only; convolutions follow the layout of the images as well.
+        net.to(device, memory_format=torch.contiguous_format if args.fsdp else layout(args))
         self.ema = None
         if args.ema:
             self.ema = AveragedModel(net, multi_avg_fn=self.average, use_buffers=True)
@@ -364,9 +365,8 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    args = parse()
-    training = Training(args, jobs.join())
+def run(args: argparse.Namespace, device: torch.device) -> None:
+    training = Training(args, device)
     training.resume()
     if training.update < training.total:
         training.train()
@@ -392,6 +392,16 @@ def main() -> None:
         records.save(args.out / "weights.pt", weights)
         records.write(args.out / "result.json", record)
         say(f"wrote {args.out / 'result.json'} and weights.pt, which has the names of timm")
+
+
+def main() -> None:
+    args = parse()
+    device = jobs.join()
+    try:
+        run(args, device)
+    except SystemExit:  # of all ranks alike; an error of one must not wait for the others
+        distributed.destroy_process_group()
+        raise
     distributed.destroy_process_group()
 
 

@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 FULL = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
-FROM_RANK_0 = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 
 def join() -> torch.device:
@@ -42,10 +41,11 @@ def shard(net: nn.Module, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard  # torch 2.6
 
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
-    stages = [m for m in net.modules() if isinstance(m, nn.Sequential | nn.ModuleList)]
-    for block in [block for stage in stages[1:] for block in stage.children()]:
-        if any(True for _ in block.children()):
-            fully_shard(block, mesh=mesh)
+    stages = (m for m in net.modules() if isinstance(m, nn.Sequential | nn.ModuleList))
+    blocks = {block for stage in stages if stage is not net for block in stage.children()}
+    for module in reversed(list(net.modules())):  # the inner ones first
+        if module in blocks and any(True for _ in module.children()):
+            fully_shard(module, mesh=mesh)
     fully_shard(net, mesh=mesh)
 
 
@@ -124,24 +124,22 @@ class Checkpoint:
         Raises:
             SystemExit: It was made with other settings, which are printed.
         """
-        shared: dict[str, Any] = {}
-        refused = False
+        message = [False, False]
         if self.rank == 0 and self.last.exists():
-            shared = records.load(self.last)
-            refused = self._differs(shared["settings"])
-        message = [shared.get("progress"), refused]
+            message = [True, self._differs(records.load(self.last)["settings"])]
         distributed.broadcast_object_list(message)
-        progress, refused = message
+        found, refused = message
         if refused:
             sys.exit(2)
-        if progress is None:
+        if not found:
             return None
-        optimizer = shared.get("optimizer", {})
-        states.set_optimizer_state_dict(self.net, self.optimizer, optimizer, options=FROM_RANK_0)
-        states.set_model_state_dict(self.net, shared.get("model", {}), options=FROM_RANK_0)
+        # Not broadcast_from_rank0: torch 2.15 mixes up the values of channels-last weights on other ranks.
+        shared, options = records.load(self.last), states.StateDictOptions(full_state_dict=True)
+        progress, optimizer = shared["progress"], shared["optimizer"]
+        states.set_optimizer_state_dict(self.net, self.optimizer, optimizer, options=options)
+        states.set_model_state_dict(self.net, shared["model"], options=options)
         if self.ema:
-            ema = shared.get("ema", {})
-            states.set_model_state_dict(self.ema.module, ema, options=FROM_RANK_0)
+            states.set_model_state_dict(self.ema.module, shared["ema"], options=options)
             self.ema.n_averaged.fill_(progress["update"])
         own = records.load(self._file(progress["update"]), device)
         for name, buffer in self.net.named_buffers():  # running statistics are those of each rank
