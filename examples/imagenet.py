@@ -9,7 +9,7 @@ r"""ImageNet, or any folder of images, with any timm model: the paper's large ex
 the data: every method makes as many updates. The same command, given again, goes on from `--out/last.pt`, bit-equal to a
 run that was never stopped, as far as the kernels of the device are deterministic. On SIGTERM the job finishes its
 update, saves and exits with 143, which schedulers and `torchrun --max-restarts` read as "not done, start it again"; 0 would
-tell them that it is done. `--out` must be a directory that all machines share.
+tell them that it is done. (A torchrun that gets the signal itself hands it on, and exits with 1.) `--out` must be a directory that all machines share.
 
 Reported are the clean accuracy and that under PGD-10 and PGD-50 in steps of eps / 4, the paper's 1/255 at its eps of
 4/255, with one random start each, in float32. Images per second count an image once for each update.
@@ -39,9 +39,8 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
-from torchvision.datasets import ImageFolder
 
-from free_adv import FreeAdversarial, ThreatModel, evaluate, pgd
+from free_adv import FreeAdversarial, ThreatModel, evaluate
 
 # What may be another when a job goes on.
 MAY_CHANGE = ("data", "val", "out", "workers", "save_every", "save_updates", "log_every")
@@ -52,10 +51,6 @@ PREEMPTED = 128 + signal.SIGTERM
 def say(text: str) -> None:
     if distributed.get_rank() == 0:
         print(text, flush=True)
-
-
-def layout(args: argparse.Namespace) -> torch.memory_format:
-    return torch.channels_last if args.channels_last else torch.contiguous_format
 
 
 def build(args: argparse.Namespace, classes: int, pretrained: bool) -> nn.Sequential:
@@ -78,31 +73,17 @@ def factor(schedule: str, update: int, total: int, warmup: int) -> float:
     return (1 + math.cos(math.pi * (update - warmup) / (total - warmup))) / 2
 
 
-def read(args: argparse.Namespace, ranks: int) -> tuple[Any, ImageFolder, int]:
-    """What to train on, a folder or a list of shards; the validation images; the number of training images."""
-    _, centre = images.transforms(args.size, args.resize)
-    val = ImageFolder(args.val or f"{args.data}/val", centre)
-    if not args.data.endswith(".tar"):
-        train = ImageFolder(f"{args.data}/train")
-        if train.classes != val.classes:
-            sys.exit(f"{train.root} and {val.root} have different classes")
-        return train, val, len(train)
-    import webdataset
-
-    shards = list(webdataset.shardlists.expand_urls(args.data))
-    if len(shards) < ranks * max(1, args.workers):
-        sys.exit(f"{len(shards)} shards are too few for {ranks} ranks with {args.workers} workers")
-    return shards, val, args.images
-
-
 class Training:
     """A model in training and what it has come to."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.args, self.device = args, device
         self.rank, self.ranks = distributed.get_rank(), distributed.get_world_size()
-        self.data, self.val, count = read(args, self.ranks)
-        self.classes = len(self.val.classes)
+        self.layout = torch.channels_last if args.channels_last else torch.contiguous_format
+        where = args.data, args.val, args.images
+        self.data = images.Images(*where, args.size, args.resize or args.size * 256 // 224)
+        self.data.demand(self.ranks * max(1, args.workers))
+        count, self.classes = len(self.data), len(self.data.val.classes)
         self.batch = args.batch_size * self.ranks
         self.per_pass = count // self.batch  # updates
         self.total = args.passes * self.per_pass
@@ -115,7 +96,7 @@ class Training:
         if args.init:
             load_checkpoint(net[1], str(args.init))
         # FSDP takes contiguous weights only; convolutions follow the layout of the images as well.
-        net.to(device, memory_format=torch.contiguous_format if args.fsdp else layout(args))
+        net.to(device, memory_format=torch.contiguous_format if args.fsdp else self.layout)
         self.ema = None
         if args.ema:
             self.ema = AveragedModel(net, multi_avg_fn=self.average, use_buffers=True)
@@ -131,7 +112,7 @@ class Training:
             self.model = DistributedDataParallel(net)
             with self.autocast():
                 x = torch.zeros(args.batch_size, 3, args.size, args.size, device=device)
-                jobs.rehearse(self.model, x.to(memory_format=layout(args)))
+                jobs.rehearse(self.model, x.to(memory_format=self.layout))
         settings = {"lr": args.lr, "weight_decay": args.weight_decay}
         if args.optimizer == "sgd":
             self.optimizer = torch.optim.SGD(net.parameters(), momentum=args.momentum, **settings)
@@ -146,7 +127,7 @@ class Training:
         self.facts = {"images": count, "classes": self.classes, "ranks": self.ranks}
         matter = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
         matter |= {**self.facts, "init": args.init and str(args.init)}
-        if isinstance(self.data, list):  # a shard has one reader
+        if self.data.shards:  # a shard has one reader
             matter["workers"] = max(1, args.workers)
         self.checkpoint = jobs.Checkpoint(args.out, matter, net, self.optimizer, self.ema)
         way = "FSDP" if args.fsdp else "DDP" if self.ranks > 1 else "one process"
@@ -179,27 +160,6 @@ class Training:
             self.generator.set_state(own["generator"].cpu())
             say(f"goes on from update {self.update} of {self.checkpoint.last}")
 
-    def feed(self) -> images.Feed:
-        """The batches that have not been taken yet, however many of the updates with the last one have been made."""
-        args = self.args
-        each = methods.updates_per_batch(args.method, args.replays)
-        first, stop = -(-self.update // each), -(-self.total // each)
-        own = self.rank, self.ranks, args.seed
-        plan = images.Plan(args.batch_size, self.per_pass, first, stop, *own)
-        augment, _ = images.transforms(args.size, args.resize)
-        if isinstance(self.data, list):
-            what = {
-                "dataset": images.Shards(self.data, augment, plan),
-                "batch_size": args.batch_size,
-            }
-        else:
-            order = images.Order(len(self.data), plan)
-            what = {
-                "dataset": images.Folder(self.data, augment, args.seed),
-                "batch_sampler": order,
-            }
-        return self.load(**what)
-
     def load(self, **what: Any) -> images.Feed:
         loader = DataLoader(
             **what,
@@ -208,11 +168,19 @@ class Training:
             worker_init_fn=images.ignore_sigterm,
             generator=torch.Generator(),  # or it would draw from the global one
         )
-        return images.Feed(loader, self.device, layout(self.args))
+        return images.Feed(loader, self.device, self.layout)
 
     def train(self) -> None:
         """Make the updates that are left, and log, evaluate and save on the way."""
-        args, feed = self.args, self.feed()
+        args = self.args
+        each = methods.updates_per_batch(args.method, args.replays)
+        first, stop = (
+            -(-self.update // each),
+            -(-self.total // each),
+        )  # from the batch not yet taken
+        own = self.rank, self.ranks, args.seed
+        plan = images.Plan(args.batch_size, self.per_pass, first, stop, *own)
+        feed = self.load(**self.data.training(plan))
         peak, warmup = args.lr * self.batch / 256, round(args.warmup * self.per_pass)
         between = args.eval_every * self.per_pass
         terminated = threading.Event()
@@ -279,7 +247,7 @@ class Training:
             net = build(self.args, self.classes, pretrained=False)
         if self.rank == 0:
             net.load_state_dict(state)
-        net.to(self.device, memory_format=layout(self.args))
+        net.to(self.device, memory_format=self.layout)
         for tensor in net.state_dict().values():
             distributed.broadcast(tensor, 0)
         return net
@@ -287,21 +255,19 @@ class Training:
     def evaluate(self, plan: dict[int | str, int]) -> list[dict[str, Any]]:
         """Accuracies by attack, the steps of PGD or "autoattack", each on so many images of a fixed order."""
         net, found = self.plain(), []
-        order = torch.randperm(len(self.val), generator=torch.Generator().manual_seed(0)).tolist()
-        for attack, count in plan.items():
-            steps = attack if isinstance(attack, int) else None
-            if steps:
-                starts = torch.Generator(self.device).manual_seed(self.rank)
-                how = {"steps": steps, "step_size": self.threat.eps / 4, "generator": starts}
-                attack = functools.partial(pgd, threat=self.threat, **how)
-                attack.__name__ = f"PGD steps={steps} restarts=1"
-            share = Subset(self.val, order[:count][self.rank :: self.ranks])
+        val, generator = self.data.val, torch.Generator().manual_seed(0)
+        order = torch.randperm(len(val), generator=generator).tolist()
+        for name, count in plan.items():
+            how: dict[str, Any] = {"attack": name}
+            if isinstance(name, int):
+                how = {"steps": name, "restarts": 1, "step_size": self.threat.eps / 4}
+            share = Subset(val, order[:count][self.rank :: self.ranks])
             feed = self.load(dataset=share, batch_size=self.args.batch_size)
-            result = evaluate(net, feed, self.threat, attack=attack, sharded=True)
+            result = evaluate(net, feed, self.threat, **how, sharded=True)
             say(f"update {self.update}  {result}")
-            record = {"update": self.update, "attack": result.attack, "steps": steps, "restarts": 1}
-            record |= {"norm": self.threat.norm, "eps": self.threat.eps, "images": result.count}
-            found.append({**record, "clean": result.clean, "robust": result.robust})
+            how |= {"attack": result.attack, "update": self.update}
+            how |= {"norm": self.threat.norm, "eps": self.threat.eps, "images": result.count}
+            found.append({**how, "clean": result.clean, "robust": result.robust})
         return found
 
 
@@ -309,11 +275,7 @@ def parse() -> argparse.Namespace:
     form = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=form)
     add = parser.add_argument
-    add(
-        "--data",
-        required=True,
-        help="folder with train/ and val/, or shards: 'train-{000..146}.tar'",
-    )
+    add("--data", required=True, help="folder with train/ and val/, or shards 'train-{00..99}.tar'")
     add("--val", help="folder of classes to evaluate on, if not --data/val")
     add("--images", type=int, help="number of training images, with shards")
     add("--out", type=Path, required=True, help="folder for checkpoints and result.json")
@@ -344,25 +306,10 @@ def parse() -> argparse.Namespace:
     add("--save-every", type=float, default=600, help="seconds between checkpoints")
     add("--save-updates", type=int, default=0, help="updates between checkpoints, as well")
     add("--log-every", type=int, default=50, help="updates between lines")
-    add(
-        "--eval-every",
-        type=int,
-        default=10,
-        help="passes between evaluations by PGD-10; 0 for none",
-    )
-    add("--eval-images", type=int, default=1000, help="for these evaluations")
-    add(
-        "--autoattack",
-        type=int,
-        default=0,
-        metavar="N",
-        help="attack N images by AutoAttack at the end",
-    )
-    args = parser.parse_args()
-    args.resize = args.resize or args.size * 256 // 224
-    if args.data.endswith(".tar") and not (args.val and args.images):
-        parser.error("shards need --val FOLDER and --images COUNT")
-    return args
+    add("--eval-every", type=int, default=10, help="passes between looks at PGD-10; 0 for none")
+    add("--eval-images", type=int, default=1000, help="for these looks")
+    add("--autoattack", type=int, default=0, help="images to attack by AutoAttack at the end")
+    return parser.parse_args()
 
 
 def run(args: argparse.Namespace, device: torch.device) -> None:
@@ -370,7 +317,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     training.resume()
     if training.update < training.total:
         training.train()
-    count = len(training.val)
+    count = len(training.data.val)
     attacks: dict[int | str, int] = {10: count, 50: count}
     if args.autoattack:
         attacks["autoattack"] = min(count, args.autoattack)
@@ -398,11 +345,10 @@ def main() -> None:
     args = parse()
     device = jobs.join()
     try:
-        run(args, device)
-    except SystemExit:  # of all ranks alike; an error of one must not wait for the others
+        sys.exit(run(args, device))
+    except SystemExit:  # of all ranks alike; on an error of one, the others could not follow
         distributed.destroy_process_group()
         raise
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

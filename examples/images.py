@@ -7,6 +7,7 @@ from the seed and that number alone, so a loader can begin at any of them withou
 import itertools
 import random
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,6 +51,56 @@ class Plan:
     def position(self, number: int) -> int:
         """Where in its epoch, counted in images, this rank's part of a batch begins."""
         return (number % self.epoch * self.ranks + self.rank) * self.size
+
+
+class Images:
+    """The images to train on and to evaluate on.
+
+    Args:
+        data: A folder with a folder for each class in train/ and val/, or the tar shards to train on, in braces.
+        val: The folder of classes to evaluate on; None for val/ in `data`.
+        count: How many images the shards hold.
+        size: Pixels a side.
+        resize: The shorter side before the centre crop.
+
+    Raises:
+        SystemExit: They do not fit together.
+    """
+
+    def __init__(
+        self, data: str, val: str | None, count: int | None, size: int, resize: int
+    ) -> None:
+        self.augment, centre = transforms(size, resize)
+        self.shards: list[str] = []
+        if data.endswith(".tar"):
+            from webdataset.shardlists import expand_urls
+
+            if not (val and count):
+                sys.exit("shards need --val FOLDER and --images COUNT")
+            self.shards, self.count = list(expand_urls(data)), count
+            self.val = ImageFolder(val, centre)
+            return
+        self.val = ImageFolder(val or f"{data}/val", centre)
+        self.folder = ImageFolder(f"{data}/train")
+        if self.folder.classes != self.val.classes:
+            sys.exit(f"{self.folder.root} and {self.val.root} have different classes")
+        self.count = len(self.folder)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def demand(self, readers: int) -> None:
+        """Make sure that there is a shard for each worker of each rank."""
+        if self.shards and len(self.shards) < readers:
+            sys.exit(f"{len(self.shards)} shards are too few for {readers} workers on all ranks")
+
+    def training(self, plan: Plan) -> dict[str, Any]:
+        """What a DataLoader needs to read the batches of a plan."""
+        if self.shards:
+            shards = Shards(self.shards, self.augment, plan)
+            return {"dataset": shards, "batch_size": plan.size}
+        folder = Folder(self.folder, self.augment, plan.seed)
+        return {"dataset": folder, "batch_sampler": Order(self.count, plan)}
 
 
 class Folder(Dataset):

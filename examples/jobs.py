@@ -31,7 +31,7 @@ def join() -> torch.device:
 
 def agree(value: int) -> int:
     """The largest value of any rank; over gloo, so that no rank waits for its GPU."""
-    tensor = torch.tensor(value)
+    tensor = torch.tensor(int(value))
     distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX)
     return int(tensor)
 
