@@ -317,6 +317,8 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     training.resume()
     if training.update < training.total:
         training.train()
+    cuda = training.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if cuda else None  # without the attacks to come
     count = len(training.data.val)
     attacks: dict[int | str, int] = {10: count, 50: count}
     if args.autoattack:
@@ -324,7 +326,6 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     accuracies = training.evaluate(attacks)
     weights = training.plain()[1].state_dict()
     if training.rank == 0:
-        cuda = training.device.type == "cuda"
         record = {
             "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
             **training.facts,
@@ -332,7 +333,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             "updates": training.total,
             "seconds": round(training.seconds, 1),
             "images_per_second": round(training.total * training.batch / training.seconds, 1),
-            "peak_memory": torch.cuda.max_memory_allocated() if cuda else None,
+            "peak_memory": peak,
             "accuracies": accuracies,
             "history": training.history,
         }
