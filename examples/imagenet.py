@@ -7,9 +7,13 @@ r"""ImageNet, or any folder of images, with any timm model: the paper's large ex
 
 `imagenet` holds train/ and val/ with a folder for each class. The cost is set by `--passes`, natural passes over
 the data: every method makes as many updates. The same command, given again, goes on from `--out/last.pt`, bit-equal to a
-run that was never stopped, as far as the kernels of the device are deterministic. On SIGTERM the job finishes its
-update, saves and exits with 143, which schedulers and `torchrun --max-restarts` read as "not done, start it again"; 0 would
-tell them that it is done. (A torchrun that gets the signal itself hands it on, and exits with 1.) `--out` must be a directory that all machines share.
+run that was never stopped, as far as the kernels of the device are deterministic. `--out` must be a directory that
+all machines share.
+
+On SIGTERM the job finishes its update, saves and exits with 143, which schedulers read as "not done, start it again"; 0 would
+tell them that it is done. A torchrun that gets the signal hands it on, and exits with 1. With `--max-restarts` torchrun
+starts the ranks again when one of them dies; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 then, without which they may
+read the addresses of those that are gone (pytorch issue 135712).
 
 Reported are the clean accuracy and that under PGD-10 and PGD-50 in steps of eps / 4, the paper's 1/255 at its eps of
 4/255, with one random start each, in float32. Images per second count an image once for each update.
