@@ -49,6 +49,7 @@ from free_adv import FreeAdversarial, ThreatModel, evaluate
 # What may be another when a job goes on.
 MAY_CHANGE = ("data", "val", "out", "workers", "save_every", "save_updates", "log_every")
 MAY_CHANGE += ("eval_every", "eval_images", "autoattack")
+PLACES = "data", "val", "out", "init"  # of this machine, not of the result
 PREEMPTED = 128 + signal.SIGTERM
 
 
@@ -331,7 +332,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     weights = training.plain()[1].state_dict()
     if training.rank == 0:
         record = {
-            "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+            "arguments": {k: v for k, v in vars(args).items() if k not in PLACES},
             **training.facts,
             "environment": records.environment(training.device),
             "updates": training.total,
@@ -341,9 +342,21 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             "accuracies": accuracies,
             "history": training.history,
         }
+        record["table"] = table(record)
         records.save(args.out / "weights.pt", weights)
         records.write(args.out / "result.json", record)
         say(f"wrote {args.out / 'result.json'} and weights.pt, which has the names of timm")
+
+
+def table(record: dict[str, Any]) -> list[str]:
+    """The result in Markdown."""
+    found = record["accuracies"]
+    names = [f"{a['attack']}, {a['images']} images, %" for a in found]
+    cells = [f"{100 * a['robust']:.1f}" for a in found]
+    cells = [record["arguments"]["method"], f"{record['seconds']:.0f}", *cells]
+    cells.insert(2, f"{100 * found[0]['clean']:.1f}")
+    head = " | ".join(["method", "seconds", "clean %", *names])
+    return [f"| {head} |", "| --- " * len(cells) + "|", f"| {' | '.join(cells)} |"]
 
 
 def main() -> None:
