@@ -1,7 +1,9 @@
 """examples/cifar10.py on a folder of small pictures: it trains, is killed, goes on, and reports."""
 
+import hashlib
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -246,3 +248,27 @@ def test_a_study_makes_its_table_from_runs_that_it_keeps(study, data, tmp_path, 
     )
     assert start is None
     assert tuned == "weights.pt"
+
+
+@pytest.mark.parametrize(("name", "classes"), [("CIFAR10", 10), ("CIFAR100", 100)])
+def test_the_files_of_torchvision_are_read(name, classes, cifar10, tmp_path, monkeypatch):
+    kind = getattr(cifar10.datasets, name)
+    folder = tmp_path / kind.base_folder
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    content = {}
+    for part, file in (("train_list", "train"), ("test_list", "test")):
+        pixels = generator.integers(0, 256, (4, 3 * 32 * 32), dtype=np.uint8)
+        labels = generator.integers(0, classes, 4).tolist()
+        content[file] = pixels.reshape(4, 3, 32, 32), labels
+        key = "labels" if name == "CIFAR10" else "fine_labels"
+        (folder / file).write_bytes(pickle.dumps({"data": pixels, key: labels}))
+        md5 = hashlib.md5((folder / file).read_bytes()).hexdigest()
+        monkeypatch.setattr(kind, part, [[file, md5]])
+    (folder / "meta").write_bytes(pickle.dumps({"names": ["a"]}))
+    md5 = hashlib.md5((folder / "meta").read_bytes()).hexdigest()
+    monkeypatch.setattr(kind, "meta", {"filename": "meta", "key": "names", "md5": md5})
+    for file, (pixels, labels) in content.items():
+        images, found = cifar10.read(tmp_path, file == "train", False)
+        assert torch.equal(images, torch.from_numpy(pixels))
+        assert found.tolist() == labels
