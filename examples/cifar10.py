@@ -147,13 +147,8 @@ class Run:
             raise SystemExit(
                 f"--batch-size {args.batch_size} exceeds the {len(rest)} training images"
             )
-        self.held_out = list(
-            zip(
-                (images[held].float() / 255).to(**to).split(500),
-                labels[held].to(self.device).split(500),
-                strict=True,
-            )
-        )
+        x, y = (images[held].float() / 255).to(**to), labels[held].to(self.device)
+        self.held_out = list(zip(x.split(500), y.split(500), strict=True)) if len(held) else []
         self.total = round(args.passes * len(rest) / args.batch_size)
         if args.schedule == "multistep":
             cuts = [self.total // 2, self.total * 3 // 4]

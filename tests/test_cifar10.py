@@ -174,6 +174,15 @@ def test_held_out_images_are_not_trained_on(cifar10, data):
     assert torch.equal(other.held_out[0][0], held)
 
 
+def test_without_held_out_images_the_last_weights_are_taken(cifar10, data, tmp_path):
+    settings = arguments(data, tmp_path, "--held-out", 0, "--passes", 2, "--attacks")
+    record = cifar10.main(settings)
+    assert record["weights"] == f"update {record['updates']}, the last"
+    assert record["training_images"] == 90
+    assert [row.keys() for row in record["curve"]] == [{"update", "lr", "loss"}] * 3
+    assert record["results"] == []
+
+
 def test_another_run_in_the_same_folder_is_refused(undisturbed, cifar10, data):
     with pytest.raises(
         SystemExit, match=r"holds a run with --lr 0.05, not 0.2: choose another --out"
