@@ -14,7 +14,6 @@ BLUE, SKY, RED, ORANGE = "#0072B2", "#56B4E9", "#D55E00", "#E69F00"  # Okabe and
 COLOURS = {"natural": BLUE, INPUT_GRAD: SKY, "free": RED, "free-public": ORANGE}
 COLOURS |= {"fgsm-rs": "#CC79A7", "pgd": "#009E73", "pgd-plain": "#000000"}
 COUNTED = "natural", INPUT_GRAD, "free", "free-public"  # whose operations are counted
-SLACK = 2 * 2**20  # bytes of code and small change by which processes differ
 
 
 def targets(row: dict, natural: dict, args: argparse.Namespace) -> list[dict]:
@@ -35,7 +34,7 @@ def targets(row: dict, natural: dict, args: argparse.Namespace) -> list[dict]:
     if method == "free" and row["memory"] is not None:
         delta = 4 * 3 * args.batch_size * size**2
         extra = row["memory"] - natural["memory"]
-        add("extra memory / delta", extra / delta, most=3 + (0 if cuda else SLACK / delta))
+        add("extra memory / delta", extra / delta, most=3)
     least = {"pgd": 5.5, "pgd-plain": 7.5}.get(method)
     if least and not args.loader and f"{clock}_to_free" in row:
         add("time / free", row[f"{clock}_to_free"]["median"], least=least)
