@@ -1,15 +1,17 @@
 """CIFAR-10, CIFAR-100 or any folder of small images: natural, Free, PGD-7 and FGSM-RS training by one script.
 
-    python examples/cifar10.py --data DIR --download --method free --recipe best --out runs/free
+    python examples/cifar10.py --data DIR --download --method free --out runs/free
 
 `--data` is a torchvision root of CIFAR, or a folder with `train/` and `test/` (or `val/`), each with one folder
 of images a class. The cost is stated in natural passes over the data: every method makes as many updates. Run the
-same command again and it goes on where it was, bit for bit; it ends with a table, `result.json` and `curves.png`.
+same command again and it goes on where it was, bit for bit as far as the device's kernels are deterministic; it
+ends with a table, `result.json` and `curves.png`. Only free-public, which is there to compare with, starts anew.
 """
 
 import argparse
-import contextlib
 import math
+import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -24,7 +26,7 @@ from nets import Standardise, augment, create
 from records import environment, load, random_state, save, set_random_state, write
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision import datasets
 from tqdm import tqdm
 
@@ -50,7 +52,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "ema": 0.0,
         "label_smoothing": 0.0,
     },
-    "best": {},
+    "default": {},
+    # What helped most at the same cost on a small network; see docs/benchmarks.md.
+    "best": {"activation": "silu", "ema": 0.9995},
 }
 ATTACKS: dict[str, dict[str, Any]] = {  # with steps of eps / 4, 2/255 where eps is 8/255
     "pgd-20": {"steps": 20, "restarts": 10},
@@ -58,18 +62,22 @@ ATTACKS: dict[str, dict[str, Any]] = {  # with steps of eps / 4, 2/255 where eps
     "cw-50": {"steps": 50, "restarts": 10, "loss": "cw"},
     "autoattack": {"attack": "autoattack"},
 }
-NOT_OF_TRAINING = "data", "download", "out", "save_every", "attacks", "test_images", "test_batch"
+NOT_OF_TRAINING = (
+    *("data", "download", "out", "save_every", "device"),
+    *("attacks", "test_images", "test_batch"),
+)
 
 
-def read(root: Path, train: bool, download: bool) -> tuple[Tensor, Tensor]:
-    """All images, uint8 of shape (N, 3, H, W), and their labels."""
+def read(root: Path, train: bool, download: bool) -> tuple[Tensor, Tensor, list[str]]:
+    """All images, uint8 of shape (N, 3, H, W), their labels and the names of the classes."""
     for name, kind in (
         ("cifar-10-batches-py", datasets.CIFAR10),
         ("cifar-100-python", datasets.CIFAR100),
     ):
         if (root / name).is_dir() or (download and kind is datasets.CIFAR10):
             data = kind(root, train, download=download)
-            return torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets)
+            pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2)
+            return pixels, torch.tensor(data.targets), data.classes
     folders = [root / name for name in (["train"] if train else ["test", "val"])]
     folder = next((f for f in folders if f.is_dir()), None)
     if folder is None:
@@ -77,7 +85,8 @@ def read(root: Path, train: bool, download: bool) -> tuple[Tensor, Tensor]:
     files = datasets.ImageFolder(folder)
     with ThreadPoolExecutor(4) as pool:
         images = list(pool.map(lambda s: np.asarray(files.loader(s[0])), files.samples))
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(files.targets)
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    return pixels, torch.tensor(files.targets), files.classes
 
 
 class Loader:
@@ -87,8 +96,16 @@ class Loader:
     position needs nothing else.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, pad: int, seed: int):
-        self.images, self.labels = images, labels
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        layout: torch.memory_format,
+        batch_size: int,
+        pad: int,
+        seed: int,
+    ):
+        self.images, self.labels, self.layout = images, labels, layout
         self.batch_size, self.pad, self.seed = batch_size, pad, seed
         self.epoch = self.taken = 0
 
@@ -101,8 +118,9 @@ class Loader:
         while self.taken < len(self):
             index = order[self.taken * self.batch_size :][: self.batch_size]
             self.taken += 1
-            x = self.images[index].float() / 255
-            yield augment(x, self.generator(self.epoch, self.taken), self.pad), self.labels[index]
+            x, y = self.images[index].float() / 255, self.labels[index]
+            x = augment(x, self.generator(self.epoch, self.taken), self.pad)
+            yield x.contiguous(memory_format=self.layout), y
         self.epoch, self.taken = self.epoch + 1, 0
 
     def generator(self, *position: int):
@@ -123,7 +141,7 @@ class Run:
         )
         if args.init:
             self.model.load_state_dict(load(args.init, self.device)["weights"])
-        self.ema = AveragedModel(self.model, avg_fn=self.average, use_buffers=True)
+        self.ema = AveragedModel(self.model, multi_avg_fn=self.average, use_buffers=True)
         self.forward = torch.compile(self.model) if args.compile else self.model
         groups = param_groups_weight_decay(self.model, args.weight_decay)
         self.optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=args.nesterov)
@@ -136,13 +154,8 @@ class Run:
         held, rest = held[: args.held_out], held[args.held_out :]
         rest = rest[: args.images]
         to = {"device": self.device, "memory_format": layout}
-        self.loader = Loader(
-            images[rest].to(**to),
-            labels[rest].to(self.device),
-            args.batch_size,
-            args.pad,
-            args.seed,
-        )
+        settings = layout, args.batch_size, args.pad, args.seed
+        self.loader = Loader(images[rest].to(**to), labels[rest].to(self.device), *settings)
         if not len(self.loader):
             raise SystemExit(
                 f"--batch-size {args.batch_size} exceeds the {len(rest)} training images"
@@ -150,6 +163,10 @@ class Run:
         x, y = (images[held].float() / 255).to(**to), labels[held].to(self.device)
         self.held_out = list(zip(x.split(500), y.split(500), strict=True)) if len(held) else []
         self.total = round(args.passes * len(rest) / args.batch_size)
+        if not self.total:
+            raise SystemExit(
+                f"--passes {args.passes:g} are not one update of {args.batch_size} images"
+            )
         if args.schedule == "multistep":
             cuts = [self.total // 2, self.total * 3 // 4]
             self.schedule: Any = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, cuts)
@@ -166,10 +183,10 @@ class Run:
         self.judge = "clean" if args.method == "natural" else "robust"
         self.losses, self.since = torch.zeros((), device=self.device), 0  # since the last look
 
-    def average(self, averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
+    def average(self, averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
         """Exponential moving average whose horizon grows until it is that of `--ema`."""
-        keep = ((1 + count) / (10 + count)).clamp(max=self.args.ema)
-        return averaged + (1 - keep) * (current - averaged)
+        decay = min(self.args.ema, (1 + self.step) / (10 + self.step))
+        get_ema_multi_avg_fn(decay)(averaged, current, count)
 
     def autocast(self):
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.args.amp)
@@ -191,14 +208,20 @@ class Run:
             "position": [self.loader.epoch, self.loader.taken],
             "starts": self.starts.get_state(),
             "random": random_state(),
-            "arguments": arguments(self.args),
+            "identity": self.identity(),
         }
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same in a run that goes on: arguments, data and first weights."""
+        data = {"images": len(self.loader.images), "labels": int(self.loader.labels.sum())}
+        init = str(self.args.init.resolve()) if self.args.init else None
+        return {**of_training(arguments(self.args)), "init": init, "the data": data}
 
     def go_on(self, state: dict[str, Any]) -> None:
         """Take over a `state`."""
-        was, now = state["arguments"], arguments(self.args)
+        was, now = state["identity"], self.identity()
         for name in now:
-            if name not in NOT_OF_TRAINING and was.get(name) != now[name]:
+            if was.get(name) != now[name]:
                 raise SystemExit(
                     f"{self.args.out} holds a run with --{name.replace('_', '-')} {was.get(name)}, not "
                     f"{now[name]}: choose another --out, or remove it to start anew"
@@ -236,6 +259,8 @@ class Run:
     def look(self) -> None:
         """Attack the held-out images; keep these weights if they are the best so far."""
         loss = self.losses.item() / self.since
+        if not math.isfinite(loss):
+            raise SystemExit(f"update {self.step}: the loss is {loss}; try a lower --lr")
         self.losses, self.since = torch.zeros_like(self.losses), 0
         row = {"update": self.step, "lr": self.schedule.get_last_lr()[0], "loss": loss}
         if self.held_out:
@@ -262,6 +287,7 @@ class Run:
             bar.update()
             look = self.step in looks
             if look or self.step % args.save_every == 0:
+                self.losses.item()  # waits for the GPU
                 wall, cpu = (clock() - mark for clock, mark in zip(clocks, marks, strict=True))
                 self.seconds, self.cpu_seconds = self.seconds + wall, self.cpu_seconds + cpu
                 if look:
@@ -274,6 +300,11 @@ class Run:
                     save(checkpoint, self.state())
                 marks = [clock() for clock in clocks]
         bar.close()
+
+
+def of_training(record: dict[str, Any]) -> dict[str, Any]:
+    """The arguments on which the trained weights depend."""
+    return {k: v for k, v in record.items() if k not in NOT_OF_TRAINING}
 
 
 def arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -323,24 +354,30 @@ def draw(record: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def whole(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--data", type=Path, required=True, help="root of CIFAR, or folders of images")
     add("--download", action="store_true", help="fetch CIFAR-10 into --data")
     add("--out", type=Path, default=Path("runs/cifar10"), help="folder of the run; goes on in it")
-    add("--recipe", choices=RECIPES, default="best", help="defaults of what follows")
+    add("--recipe", choices=RECIPES, default="default", help="defaults of what follows")
     add("--method", choices=METHODS[:5], default="free")
     add("--model", default="resnet18", help="resnet18, preactresnet18, wrn-d-k, cnn-w or timm's")
     add("--activation", choices=["relu", "leaky", "silu", "gelu"], default="relu")
     add("--pretrained", action="store_true", help="begin with timm's weights")
     add("--init", type=Path, help="begin with the weights.pt of another run")
-    add("--replays", type=int, default=8, help="the paper's m")
+    add("--replays", type=whole, default=8, help="the paper's m")
     add("--passes", type=float, default=200.0, help="natural passes over the data: the cost")
     add("--eps", type=float, default=8.0, help="linf radius, in 1/255")
     add("--step-size", type=float, help="ascent step of Free in 1/255; eps by default")
     add("--start", choices=["carry", "zero", "uniform"], default="carry", help="delta of Free")
-    add("--batch-size", type=int, default=128)
+    add("--batch-size", type=whole, default=128)
     add("--lr", type=float, default=0.1)
     add("--schedule", choices=["onecycle", "multistep"], default="onecycle")
     add("--warmup", type=float, default=0.3, help="share of the updates that onecycle warms up in")
@@ -354,11 +391,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--compile", action="store_true")
     add("--images", type=int, help="train on this many, a fixed choice; all by default")
     add("--held-out", type=int, default=1000, help="training images that choose the checkpoint")
-    add("--looks", type=int, default=20, help="how often they are attacked, with PGD-10")
-    add("--save-every", type=int, default=1000, help="updates between two checkpoints")
+    add("--looks", type=whole, default=20, help="how often they are attacked, with PGD-10")
+    add("--save-every", type=whole, default=1000, help="updates between two checkpoints")
     add("--attacks", nargs="*", choices=ATTACKS, default=["pgd-20", "pgd-50", "autoattack"])
     add("--test-images", type=int, help="attack this many, a fixed choice; all by default")
-    add("--test-batch", type=int, default=500)
+    add("--test-batch", type=whole, default=500)
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.set_defaults(**RECIPES[parser.parse_args(argv).recipe])
@@ -367,13 +404,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
-    images, labels = read(args.data, True, args.download)
-    classes = int(labels.max()) + 1
-    run = Run(args, images, labels, classes)
+    images, labels, classes = read(args.data, True, args.download)
+    *tested, others = read(args.data, False, args.download)
+    if classes != others:
+        raise SystemExit(f"--data {args.data}: the classes to train on and to test on differ")
+    if "autoattack" in args.attacks and len(classes) < 4:
+        raise SystemExit(f"--attacks autoattack needs at least 4 classes, here are {len(classes)}")
+    run = Run(args, images, labels, len(classes))
     run.train()
     save(args.out / "weights.pt", {"weights": run.best["weights"]})
     by = {"clean": "clean accuracy", "robust": "PGD-10"}[run.judge]
-    chosen = f"by {by} on {args.held_out} held-out training images, the best of {args.looks} looks"
+    chosen = (
+        f"by {by} on {args.held_out} held-out training images, the best of {len(run.curve)} looks"
+    )
     record = {
         "arguments": arguments(args),
         "environment": environment(run.device),
@@ -389,7 +432,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if run.device.type == "cuda":
         record["peak_memory"] = torch.cuda.max_memory_allocated(run.device)
     draw(record, args.out / "curves.png")
-    record["results"] = test(run, *read(args.data, False, args.download))
+    record["results"] = test(run, *tested)
     write(args.out / "result.json", record)
     print(
         f"{args.method}, {run.total} updates in {run.seconds:.0f} s; weights of {record['weights']}"
@@ -399,5 +442,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         main()
+    except KeyboardInterrupt:  # the same command goes on
+        sys.exit(128 + signal.SIGINT)

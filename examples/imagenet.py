@@ -92,8 +92,10 @@ class Training:
         self.batch = args.batch_size * self.ranks
         self.per_pass = count // self.batch  # updates
         self.total = args.passes * self.per_pass
-        if not self.total:
+        if not self.per_pass:
             sys.exit(f"{count} images are less than a batch of {self.batch}")
+        if args.passes <= args.warmup:
+            sys.exit(f"--passes {args.passes} must be more than --warmup {args.warmup:g}")
         self.update, self.seconds, self.history = 0, 0.0, []
 
         torch.manual_seed(args.seed)

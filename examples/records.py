@@ -37,16 +37,16 @@ def write(path: Path, record: dict[str, Any]) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of torch's global generators."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    """The state of torch's global generators, of the CPU and of the current GPU."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_random_state(state: dict[str, Any]) -> None:
     """Go on from a `random_state`."""
     torch.set_rng_state(state["cpu"].cpu())
-    for index, one in enumerate(state["cuda"]):
-        torch.cuda.set_rng_state(one.cpu(), index)
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:

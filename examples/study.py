@@ -63,16 +63,41 @@ def run(label: str, arguments: str, seed: int, args: argparse.Namespace) -> dict
     """The record of one run: made now, or found."""
     name = "".join(c if c.isalnum() else "-" for c in label)
     out = args.out / f"{name}-{seed}"
-    result = out / "result.json"
-    if not result.exists():
-        print(f"{label}, seed {seed}", file=sys.stderr)
-        natural = shlex.quote(str(args.out / f"natural-{seed}" / "weights.pt"))
-        arguments += "" if seed < args.full_seeds else f" {QUICK}"
-        line = f"{SMALL} {arguments.format(natural=natural)} --seed {seed}"
-        paths = ["--data", str(args.data), "--out", str(out)]
-        cifar10.main([*shlex.split(line), *args.rest, *paths])
-    record = json.loads(result.read_text())
-    return {"label": label, **record}
+    natural = shlex.quote(str(args.out / f"natural-{seed}" / "weights.pt"))
+    arguments += "" if seed < args.full_seeds else f" {QUICK}"
+    line = f"{SMALL} {arguments.format(natural=natural)} --seed {seed}"
+    argv = [*shlex.split(line), *args.rest, "--data", str(args.data), "--out", str(out)]
+    wanted = cifar10.parse(argv)
+    if not wanted.attacks:
+        raise SystemExit("--attacks needs at least one attack: a table is made of them")
+    if (result := out / "result.json").exists():
+        record = json.loads(result.read_text())
+        was, now = record["arguments"], cifar10.arguments(wanted)
+        for key in (*cifar10.of_training(now), "test_images"):
+            if was.get(key) != now[key]:
+                raise SystemExit(
+                    f"{out} has {key} {was.get(key)}, not {now[key]}: take another --out"
+                )
+        if set(wanted.attacks) <= {a["name"] for a in record["results"]}:
+            return {"label": label, **record}
+    print(f"{label}, seed {seed}", file=sys.stderr)
+    cifar10.main(argv)
+    return {"label": label, **json.loads(result.read_text())}
+
+
+def attacks_of_all(runs: list[dict[str, Any]]) -> list[str]:
+    """The attacks by which every label has been judged, with at least one seed."""
+    names: dict[str, set[str]] = {}
+    for r in runs:
+        names.setdefault(r["label"], set()).update(a["name"] for a in r["results"])
+    return [a["name"] for a in runs[0]["results"] if all(a["name"] in m for m in names.values())]
+
+
+def costs(runs: list[dict[str, Any]]) -> list[float]:
+    """Training time relative to the first label with the same seed; on a CPU processor time, which other load spares."""
+    clock = "cpu_seconds" if runs[0]["environment"]["machine"].endswith("CPU") else "seconds"
+    base = {r["arguments"]["seed"]: r[clock] for r in runs if r["label"] == runs[0]["label"]}
+    return [r[clock] / base[r["arguments"]["seed"]] for r in runs]
 
 
 def spread(values: list[float]) -> str:
@@ -81,46 +106,40 @@ def spread(values: list[float]) -> str:
 
 
 def table(runs: list[dict[str, Any]]) -> list[str]:
-    """Rows in Markdown: seconds relative to the first label of the same seed, and accuracies in %."""
-    labels = list(dict.fromkeys(r["label"] for r in runs))
-    made = {
-        label: {a["name"] for r in runs if r["label"] == label for a in r["results"]}
-        for label in labels
-    }
-    attacks = [a["name"] for a in runs[0]["results"] if all(a["name"] in m for m in made.values())]
-    base = {r["arguments"]["seed"]: r["cpu_seconds"] for r in runs if r["label"] == labels[0]}
+    """Rows in Markdown: relative cost, and accuracies in %."""
+    attacks, cost = attacks_of_all(runs), costs(runs)
+    seeds = len({r["arguments"]["seed"] for r in runs})
     lines = [
-        " | ".join(["| method", "time", "clean %", *(f"{a} %" for a in attacks)]) + " |",
+        " | ".join(["| method", "time, relative", "clean %", *(f"{a} %" for a in attacks)]) + " |",
         "| --- " * (3 + len(attacks)) + "|",
     ]
-    for label in labels:
+    for label in dict.fromkeys(r["label"] for r in runs):
         mine = [r for r in runs if r["label"] == label]
-        cost = mean(r["cpu_seconds"] / base[r["arguments"]["seed"]] for r in mine)
-        cells = [
-            f"| {label}",
-            f"{cost:.2f}",
-            spread([100 * r["results"][0]["clean"] for r in mine]),
-        ]
+        time = mean(c for c, r in zip(cost, runs, strict=True) if r["label"] == label)
+        clean = spread([100 * r["results"][0]["clean"] for r in mine])
+        cells = [f"| {label}", f"{time:.2f}", clean]
         for attack in attacks:
             found = [100 * a["robust"] for r in mine for a in r["results"] if a["name"] == attack]
-            cells.append(spread(found))
+            cells.append(spread(found) + (f" (seeds: {len(found)})" if len(found) < seeds else ""))
         lines.append(" | ".join(cells) + " |")
     return lines
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """Clean accuracy and that under the last attack against the cost, a point a run."""
+    """Clean accuracy and that under the first attack against the cost, a point a run."""
+    attack, cost = attacks_of_all(runs)[0], costs(runs)
     labels = list(dict.fromkeys(r["label"] for r in runs))
-    base = {r["arguments"]["seed"]: r["cpu_seconds"] for r in runs if r["label"] == labels[0]}
     colours = plt.get_cmap("viridis")
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for i, label in enumerate(labels):
-        mine = [r for r in runs if r["label"] == label]
-        cost = [r["cpu_seconds"] / base[r["arguments"]["seed"]] for r in mine]
+        mine = [(c, r) for c, r in zip(cost, runs, strict=True) if r["label"] == label]
+        times = [c for c, _ in mine]
+        robust = [100 * a["robust"] for _, r in mine for a in r["results"] if a["name"] == attack]
         style = {"color": colours(i / len(labels)), "marker": "osD^vPX*"[i % 8], "ls": "none"}
-        axes.plot(cost, [100 * r["results"][-1]["robust"] for r in mine], label=label, **style)
-        axes.plot(cost, [100 * r["results"][0]["clean"] for r in mine], fillstyle="none", **style)
-    attack = runs[0]["results"][-1]["attack"]
+        axes.plot(times[: len(robust)], robust, label=label, **style)
+        axes.plot(
+            times, [100 * r["results"][0]["clean"] for _, r in mine], fillstyle="none", **style
+        )
     axes.set(
         xscale="log", xlabel=f"training time relative to {labels[0]}", ylabel="test accuracy (%)"
     )

@@ -92,7 +92,7 @@ def pgd(
                 return x_adv
             with torch.no_grad():
                 logits = model(x_adv)
-            found = LOSSES[loss](logits, labels).to(worst.dtype)
+            found = LOSSES[loss](logits, labels).to(worst.dtype).nan_to_num(nan=-torch.inf)
             fooled = logits.argmax(1) != labels
             better = fooled | (found > worst[left])
             best[left[better]] = x_adv[better]

@@ -124,8 +124,7 @@ def evaluate(
         name = getattr(attack, "__name__", type(attack).__name__)
     else:
         raise ValueError(f"attack must be None, 'autoattack' or callable, got {attack!r}")
-    if autocast is not None:
-        name += f" {autocast}".replace("torch.", "")
+    name += "" if autocast is None else f" {autocast}".replace("torch.", "")
     clean = robust = count = 0
     for batch in _bar(loader, name, progress and not (sharded and distributed.get_rank())):
         if not isinstance(batch, list | tuple) or len(batch) != 2:
@@ -156,7 +155,8 @@ def evaluate(
 
 def _right(model: Model, x: Tensor, y: Tensor) -> Tensor:
     with torch.no_grad():
-        return model(x).argmax(1) == y
+        logits = model(x)
+        return torch.logical_and(logits.argmax(1) == y, ~logits.isnan().any(1))
 
 
 def _refuse_outside(threat: ThreatModel, x: Tensor, x_adv: Tensor, name: str) -> None:
@@ -194,7 +194,13 @@ def _autoattack(threat: ThreatModel) -> Attack:
             return model(threat.from_pixels(low + (high - low) * u, x.dtype))
 
         eps = threat.eps / (high - low)
+        if (classes := model(x[:1]).shape[1]) < 4:
+            raise ValueError(
+                f"attack='autoattack' needs at least 4 classes, got {classes}; use PGD"
+            )
         adversary = AutoAttack(on_unit_images, norm=norm, eps=eps, seed=0, device=x.device)
+        for part in (adversary.apgd_targeted, adversary.fab):  # 9 by default
+            part.n_target_classes = min(part.n_target_classes, classes - 1)
         # pyautoattack calls view(), which channels_last does not allow.
         unit = ((threat.to_pixels(x) - low) / (high - low)).clamp(0, 1).contiguous()
         found, _ = adversary.run_standard_evaluation(unit, y, batch_size=len(x))

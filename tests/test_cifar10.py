@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def data(tmp_path_factory):
 
 SMALL = (
     "--model cnn-8 --replays 3 --passes 6 --batch-size 16 --lr 0.05 --held-out 10 --looks 3 --ema 0.9 "
-    "--label-smoothing 0.1 --test-batch 9"
+    "--label-smoothing 0.1 --test-batch 9 --attacks pgd-20"
 )
 
 
@@ -56,7 +57,8 @@ def arguments(data, out, *more):
 
 def begin(cifar10, data, *more):
     args = cifar10.parse(arguments(data, "unused", *more))
-    return cifar10.Run(args, *cifar10.read(data, True, False), 3)
+    images, labels, classes = cifar10.read(data, True, False)
+    return cifar10.Run(args, images, labels, len(classes))
 
 
 def same(a, b):
@@ -107,7 +109,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_weights(undisturbed, cifar10, 
     cifar10.main(arguments(data, tmp_path, "--save-every", 7, "--attacks", "pgd-20"))
     states = [torch.load(out / "last.pt", weights_only=True) for out in (undisturbed[0], tmp_path)]
     for state in states:
-        del state["seconds"], state["cpu_seconds"], state["arguments"]
+        del state["seconds"], state["cpu_seconds"]
     assert same(*states)
     again, first = (json.loads((o / "result.json").read_text()) for o in (tmp_path, undisturbed[0]))
     assert again["results"][0]["robust"] == first["results"][0]["robust"]
@@ -190,6 +192,41 @@ def test_another_run_in_the_same_folder_is_refused(undisturbed, cifar10, data):
         cifar10.main(arguments(data, undisturbed[0], "--lr", 0.2))
 
 
+def test_a_run_begun_with_other_weights_is_refused(undisturbed, cifar10, data, tmp_path):
+    weights = tmp_path / "other" / "weights.pt"
+    cifar10.save(weights, torch.load(undisturbed[0] / "weights.pt", weights_only=True))
+    settings = arguments(data, tmp_path, "--passes", 1, "--attacks")
+    cifar10.main([*settings, "--init", str(undisturbed[0] / "weights.pt")])
+    with pytest.raises(SystemExit, match=r"holds a run with --init .*undisturbed.*, not .*other"):
+        cifar10.main([*settings, "--init", str(weights)])
+
+
+def test_classes_that_differ_between_training_and_test_are_refused(cifar10, data, tmp_path):
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    shutil.rmtree(copy / "test" / "b")
+    with pytest.raises(SystemExit, match="classes to train on and to test on differ"):
+        cifar10.main(arguments(copy, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("--looks", 0), "argument --looks: must be at least 1, got 0"),
+        (("--passes", 0.01), "--passes 0.01 are not one update of 16 images"),
+        (("--batch-size", 81), "--batch-size 81 exceeds the 80 training images"),
+        (("--attacks", "autoattack"), "autoattack needs at least 4 classes, here are 3"),
+        (("--lr", 1e30, "--attacks"), "the loss is nan; try a lower --lr"),
+    ],
+)
+def test_what_cannot_work_is_said_before_it_is_tried(
+    settings, message, cifar10, data, tmp_path, capsys
+):
+    with pytest.raises(SystemExit) as error:
+        cifar10.main(arguments(data, tmp_path, *settings))
+    assert message in f"{error.value} {capsys.readouterr().err}"
+
+
 def test_a_folder_without_images_is_refused(cifar10, tmp_path):
     with pytest.raises(SystemExit, match="neither a root of CIFAR nor train/"):
         cifar10.main(arguments(tmp_path, tmp_path))
@@ -242,7 +279,7 @@ def test_a_study_makes_its_table_from_runs_that_it_keeps(study, data, tmp_path, 
     record = json.loads((tmp_path / "study.json").read_text())
     assert [r["label"] for r in record["runs"]] == list(study.STUDIES["finetune"]) * 2
     assert [r["arguments"]["seed"] for r in record["runs"]] == [0] * 4 + [1] * 4
-    assert record["table"][0] == "| method | time | clean % | pgd-20 % |"
+    assert record["table"][0] == "| method | time, relative | clean % | pgd-20 % |"
     assert "| natural | 1.00 |" in record["table"][2]
     assert "±" in record["table"][3]
     assert "\n".join(record["table"]) in capsys.readouterr().out
@@ -251,12 +288,15 @@ def test_a_study_makes_its_table_from_runs_that_it_keeps(study, data, tmp_path, 
     begun = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
     study.main(["finetune", *made, "--seeds", "2", "--", *more])  # all of it is there
     assert begun == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    with pytest.raises(SystemExit, match=r"natural-0 has eps 8.0, not 16.0: take another --out"):
+        study.main(["finetune", *made, "--seeds", "2", "--", *more, "--eps", "16"])
+
     start, tuned = (
-        torch.load(tmp_path / "runs" / name / "last.pt", weights_only=True)["arguments"]["init"]
+        torch.load(tmp_path / "runs" / name / "last.pt", weights_only=True)["identity"]["init"]
         for name in ("natural-0", "natural--then-PGD-7-0")
     )
     assert start is None
-    assert tuned == "weights.pt"
+    assert tuned == str(tmp_path / "runs" / "natural-0" / "weights.pt")
 
 
 @pytest.mark.parametrize(("name", "classes"), [("CIFAR10", 10), ("CIFAR100", 100)])
@@ -278,6 +318,30 @@ def test_the_files_of_torchvision_are_read(name, classes, cifar10, tmp_path, mon
     md5 = hashlib.md5((folder / "meta").read_bytes()).hexdigest()
     monkeypatch.setattr(kind, "meta", {"filename": "meta", "key": "names", "md5": md5})
     for file, (pixels, labels) in content.items():
-        images, found = cifar10.read(tmp_path, file == "train", False)
+        images, found, names = cifar10.read(tmp_path, file == "train", False)
         assert torch.equal(images, torch.from_numpy(pixels))
         assert found.tolist() == labels
+        assert names == ["a"]
+
+
+def test_a_table_says_of_how_many_seeds_a_cell_is(study):
+    def record(label, seed, attacks, machine="CPU"):
+        results = [{"name": name, "clean": 0.5, "robust": value} for name, value in attacks.items()]
+        return {
+            "label": label,
+            "arguments": {"seed": seed},
+            "environment": {"machine": machine},
+            "cpu_seconds": 2.0 if label == "free" else 1.0,
+            "seconds": 3.0 if label == "free" else 1.0,
+            "results": results,
+        }
+
+    runs = [record(m, 0, {"pgd": 0.25, "autoattack": 0.125}) for m in ("natural", "free")]
+    runs += [record(m, 1, {"pgd": 0.5}) for m in ("natural", "free")]
+    row = "| free | 2.00 | 50.0 ± 0.0 | 37.5 ± 17.7 | 12.5 (seeds: 1) |"
+    assert study.table(runs)[3] == row
+    runs[1]["results"].pop()  # no seed of this label has it
+    assert "autoattack" not in study.table(runs)[0]
+    for r in runs:
+        r["environment"]["machine"] = "GPU"
+    assert study.table(runs)[3].startswith("| free | 3.00 |")

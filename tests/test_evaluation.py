@@ -258,6 +258,39 @@ def out_of_bounds(model, x, y):
     return x + 0.1
 
 
+def test_an_answer_that_is_no_number_is_a_wrong_answer():
+    def broken(x):
+        return torch.full((len(x), 4), torch.nan)
+
+    x, y = batches((8,))[0]
+    result = evaluate(broken, [(x, y * 0)], ThreatModel(0.1), steps=1, progress=False)
+    assert result.clean == result.robust == 0
+
+
+def test_a_start_that_ends_in_no_number_does_not_spoil_the_others():
+    model, x = network(), batches((64,))[0][0]
+    calls = []
+
+    def at_first_broken(x):
+        calls.append(x)
+        return model(x) * (torch.nan if len(calls) <= 2 else 1)
+
+    arguments = {"threat": ThreatModel(0.1), "steps": 1, "restarts": 3}
+    moved = (pgd(at_first_broken, x, model(x).argmax(1), **arguments) - x).flatten(1).abs().amax(1)
+    assert moved.min() > 0.05
+
+
+def test_autoattack_takes_four_classes_and_says_so_where_there_are_fewer():
+    x = batches((6,))[0][0]
+    settings = {"attack": "autoattack", "progress": False}
+    model = network()
+    result = evaluate(model, [(x, model(x).argmax(1))], ThreatModel(0.3), **settings)
+    assert result.robust < result.clean == 1
+    few = nn.Sequential(nn.Flatten(), nn.Linear(50, 3))
+    with pytest.raises(ValueError, match="needs at least 4 classes, got 3; use PGD"):
+        evaluate(few, [(x, few(x).argmax(1))], ThreatModel(0.1), **settings)
+
+
 def test_an_attack_that_leaves_the_threat_model_is_refused():
     with pytest.raises(ValueError, match=r"too_far moved an input by 0.3 in linf, but eps is 0.1"):
         evaluate(network(), batches(), ThreatModel(0.1), attack=too_far, progress=False)
