@@ -63,7 +63,7 @@ ATTACKS: dict[str, dict[str, Any]] = {  # with steps of eps / 4, 2/255 where eps
     "autoattack": {"attack": "autoattack"},
 }
 NOT_OF_TRAINING = (
-    *("data", "download", "out", "save_every", "device"),
+    *("recipe", "data", "download", "out", "save_every", "device"),
     *("attacks", "test_images", "test_batch"),
 )
 
