@@ -140,13 +140,13 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         axes.plot(
             times, [100 * r["results"][0]["clean"] for _, r in mine], fillstyle="none", **style
         )
-    axes.set(
-        xscale="log", xlabel=f"training time relative to {labels[0]}", ylabel="test accuracy (%)"
-    )
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel=f"training time relative to {labels[0]}", ylabel="test accuracy (%)")
     axes.set_title(f"filled: under {attack}, hollow: clean", fontsize=10)
     axes.set_ylim(0)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

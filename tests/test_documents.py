@@ -1,6 +1,7 @@
 """Every snippet that a reader can copy runs, and the texts hold to what they promise."""
 
 import ast
+import json
 import re
 import textwrap
 from pathlib import Path
@@ -99,3 +100,45 @@ def test_every_argument_is_in_the_table_of_the_readme():
     rows = "\n".join(re.findall(r"^\| `.*", (ROOT / "README.md").read_text(encoding="utf-8"), re.M))
     for name in inspect.signature(FreeAdversarial).parameters:
         assert f"`{name}`" in rows, name
+
+
+TABLE = r"<!-- (benchmarks/\S+\.json)(?: (\w+))? -->\n((?:\|.*\n)+)"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_table_of_measurements_is_that_of_a_committed_file(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name, key, table in re.findall(TABLE, text):
+        record = json.loads((ROOT / "docs" / name).read_text(encoding="utf-8"))
+        assert table.splitlines() == record[key or "table"], name
+        assert {"torch", "machine", "commit"} <= first_environment(record).keys()
+    unmarked = re.sub(TABLE, "", text)
+    for row in re.findall(r"^\|.*$", unmarked, re.M):
+        assert not re.search(r"\d\.\d", row), f"{page}: where is the file of {row}"
+
+
+def first_environment(record):
+    return record["environment"] if "environment" in record else record["runs"][0]["environment"]
+
+
+def test_every_committed_result_is_in_a_page():
+    pages = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+    for file in (ROOT / "docs" / "benchmarks").glob("*"):
+        assert f"benchmarks/{file.name}" in pages
+        if file.suffix == ".json":
+            assert not re.search(r"/(tmp|home|root|work|data)/", file.read_text(encoding="utf-8"))
+
+
+def test_the_ranges_over_seeds_in_the_readme_are_those_of_the_files():
+    text = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    files = [ROOT / "docs" / "benchmarks" / f"quickstart-{seed}.json" for seed in range(3)]
+    rows = [json.loads(f.read_text(encoding="utf-8"))["rows"] for f in files]
+    for method, key, scale, digits, phrase in (
+        ("free", "clean", 100, 1, "{} to {} % clean"),
+        ("free", "robust", 100, 1, "{} to {} % under PGD-40"),
+        ("free", "autoattack", 100, 1, "{} to {} % under AutoAttack"),
+        ("pgd-7", "autoattack", 100, 1, "PGD-7 {} to {} %"),
+        ("free", "relative", 1, 2, "Free took {} to {} times"),
+    ):
+        values = [scale * row[key] for run in rows for row in run if row["method"] == method]
+        assert phrase.format(*(f"{f(values):.{digits}f}" for f in (min, max))) in text
