@@ -10,6 +10,7 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "free-adv"
 myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 default_role = "code"
