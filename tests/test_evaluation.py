@@ -275,17 +275,23 @@ def test_a_start_that_ends_in_no_number_does_not_spoil_the_others():
         calls.append(x)
         return model(x) * (torch.nan if len(calls) <= 2 else 1)
 
-    arguments = {"threat": ThreatModel(0.1), "steps": 1, "restarts": 3}
-    moved = (pgd(at_first_broken, x, model(x).argmax(1), **arguments) - x).flatten(1).abs().amax(1)
-    assert moved.min() > 0.05
+    x = x[model(x).argmax(1) == 0]  # the class that argmax makes of no number
+    assert len(x)
+    arguments = {
+        "threat": ThreatModel(1e-4),
+        "steps": 1,
+        "restarts": 3,
+    }  # too small to fool anything
+    found = pgd(at_first_broken, x, torch.zeros(len(x), dtype=torch.long), **arguments)
+    assert (found - x).flatten(1).abs().amax(1).min() > 0.5e-4
 
 
 def test_autoattack_takes_four_classes_and_says_so_where_there_are_fewer():
     x = batches((6,))[0][0]
     settings = {"attack": "autoattack", "progress": False}
     model = network()
-    result = evaluate(model, [(x, model(x).argmax(1))], ThreatModel(0.3), **settings)
-    assert result.robust < result.clean == 1
+    result = evaluate(model, [(x, model(x).argmax(1))], ThreatModel(0.02), **settings)
+    assert 0 < result.robust < result.clean == 1  # some reach the attacks with targets
     few = nn.Sequential(nn.Flatten(), nn.Linear(50, 3))
     with pytest.raises(ValueError, match="needs at least 4 classes, got 3; use PGD"):
         evaluate(few, [(x, few(x).argmax(1))], ThreatModel(0.1), **settings)
