@@ -20,7 +20,7 @@ EPS, M, EPOCHS, LR = 0.1, 3, 2, 0.1
 SIZES = (8, 8, 3)  # with two micro-batches per update, the last group is short
 
 
-def algorithm_1(k=1, sizes=SIZES, clip=None, *, ahead=False, shrink=False):
+def algorithm_1(k=1, sizes=SIZES, clip=None, *, ahead=False, shrink=False, autocast=None):
     """The paper's loop with k micro-batches per update, each slot of a group with its own delta.
 
     A host counts its micro-batches through the epoch and updates after k of them, or at the end; it takes
@@ -42,7 +42,8 @@ def algorithm_1(k=1, sizes=SIZES, clip=None, *, ahead=False, shrink=False):
                 if not ahead:
                     x_adv = (x + delta).clamp(0, 1)
                 x_adv.requires_grad_()
-                loss = functional.cross_entropy(model(x_adv), y)
+                with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                    loss = functional.cross_entropy(model(x_adv), y)
                 (loss / (k if shrink else len(window))).backward()
                 delta.add_(EPS * x_adv.grad.sign()).clamp_(-EPS, EPS)
             if clip:
@@ -124,7 +125,8 @@ def test_lightning_trains_in_mixed_precision(precision):
         model = lightning(free, plugins=[plugin])
     else:
         model = lightning(free, precision=precision)
-    agree(model, algorithm_1(), tolerance=0.05)
+    autocast = torch.float16 if precision == "16-mixed" else torch.bfloat16
+    agree(model, algorithm_1(autocast=autocast), tolerance=1e-6)
     all_taken_in(free, taken)
 
 
@@ -249,7 +251,7 @@ def test_the_trainer_of_transformers_trains_in_bfloat16(tmp_path):
     free = FreeAdversarial(eps=EPS, replays=M, key="pixel_values")
     taken = counting(free)
     model = transformers_trainer(free, tmp_path, bf16=True)
-    agree(model, algorithm_1(), tolerance=0.05)
+    agree(model, algorithm_1(autocast=torch.bfloat16), tolerance=1e-6)
     all_taken_in(free, taken)
 
 
@@ -260,7 +262,7 @@ def test_accelerate_trains_in_bfloat16():
     taken = counting(free)
     model = accelerated(free, mixed_precision="bf16")
     state._reset_state(True)
-    agree(model, algorithm_1(), tolerance=0.05)
+    agree(model, algorithm_1(autocast=torch.bfloat16), tolerance=1e-6)
     all_taken_in(free, taken)
 
 
