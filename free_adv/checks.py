@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 STRAYS = 0.1  # share of a batch that may lie outside the bounds (RandomErasing's noise, rounding)
@@ -44,6 +45,28 @@ def scalar(name: str, value: Any, cures: str) -> None:
         raise ValueError(f"{name} must be a scalar, got {describe(value)}; take its mean()")
     if not value.requires_grad:
         raise RuntimeError(f"the {name} has no graph to go backward through.\n{cures}")
+
+
+def dense(x: Tensor, channels: int) -> None:
+    """Refuse what is not a dense floating-point batch with so many channels, where 1 stands for any number."""
+    if x.is_nested or x.layout != torch.strided:
+        kind = "a nested tensor" if x.is_nested else f"{describe(x)}, layout {x.layout}"
+        raise TypeError(
+            f"the input must be a dense tensor, got {kind}; call to_dense() or to_padded_tensor() first"
+        )
+    what = describe(x)
+    if not x.is_floating_point():
+        raise TypeError(
+            f"the input must be floating point, got {what}; convert it before the replay "
+            "(images: x.float() / 255, or ToDtype(torch.float32, scale=True) in the transform)"
+        )
+    if x.ndim == 0:
+        raise ValueError(f"the input needs a batch dimension, got {what}; batch it as x[None]")
+    if channels > 1 and (x.ndim < 2 or channels != x.shape[1]):
+        raise ValueError(
+            f"mean and std have {channels} entries, but the channels (dimension 1) of the "
+            f"input differ: {what}; pass one entry per channel, or one number each for all"
+        )
 
 
 def inside(pixels: Tensor, bounds: tuple[float, float] | None, what: str) -> None:

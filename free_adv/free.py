@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from free_adv import state as states
 from free_adv.batches import as_path
-from free_adv.checks import count, positive, scalar
+from free_adv.checks import count, scalar
 from free_adv.inside import attach
 from free_adv.minibatch import CURES, Flight
 from free_adv.optimizers import Optimizers
@@ -95,12 +96,9 @@ class FreeAdversarial:
     ) -> None:
         bounds = None if at is not None and bounds is PIXELS else bounds
         self.threat = ThreatModel(eps, norm, bounds, mean, std)
-        if start not in ("carry", "zero", "uniform"):
-            raise ValueError(f"start must be 'carry', 'zero' or 'uniform', got {start!r}")
         self._optimizers = Optimizers(optimizer, scaler, max_grad_norm)
-        step = self.threat.eps if step_size is None else positive("step_size", step_size)
         self._flight = Flight(
-            perturbation=Perturbation(self.threat, step, start),
+            perturbation=Perturbation(self.threat, step_size, start),
             replays=count("replays", replays),
             accumulate=count("accumulate", accumulate),
             path=as_path(key),
@@ -151,16 +149,15 @@ class FreeAdversarial:
                 "`for x, y in free.replay(loader):`"
             )
         scalar("loss", loss, CURES)
-        if index == 0:
-            self._optimizers.zero_grad()
-        if len(minibatch.batches) > 1:
-            loss = loss * minibatch.share(index)
-        self._optimizers.backward(loss)
-        if minibatch.waiting == index:
-            raise RuntimeError(f"the input received no gradient from this loss.\n{CURES}")
-        if index == len(minibatch.batches) - 1:
-            minibatch.take_in()
-            self._optimizers.step()
+        self._optimizers.train(minibatch, index, loss)
+
+    def skip(self) -> None:
+        """Leave out the other replays of a minibatch that has failed, where its error is caught.
+
+        Raises:
+            RuntimeError: There is no minibatch in flight.
+        """
+        self._flight.skip()
 
     def epochs(self, n: int) -> int:
         """Epochs over the replayed loader that cost as much as `n` natural ones: `ceil(n / m)`."""
@@ -175,9 +172,8 @@ class FreeAdversarial:
     @property
     def delta(self) -> Tensor | None:
         """A copy of the rows of delta that the latest batch used, in pixel units; None before the first."""
-        if self._flight.latest is None:
-            return None
-        return self._flight.perturbation[self._flight.latest[1]].clone()
+        latest = self._flight.latest
+        return None if latest is None else self._flight.perturbation[latest[1]].clone()
 
     @property
     def clean(self) -> Tensor | None:
@@ -187,27 +183,30 @@ class FreeAdversarial:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a later run needs to go on where this one is.
 
-        Take it between two replays, after the weights have moved. Taken between a batch and its `step`,
-        it repeats that replay.
+        Take it after the weights have moved. Taken between a batch and its `step`, it repeats that replay.
 
         Returns:
             A dict of tensors and plain values, for `torch.save`:
 
-            - `version`: 1.
+            - `version`: 2.
             - `settings`: those of the threat model and `replays`, which must be the same at loading.
+            - `rank`: the rank and the number of ranks of the process group.
             - `delta`: a list with one tensor per sample shape, of shape (rows, ...), in pixel units.
             - `minibatch`: the list of batches in flight, or None.
             - `done`: how many replays of them have been made.
         """
-        return self._flight.state_dict()
+        return states.dump(self._flight)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`: the next `replay` first yields what is left of its minibatch.
 
         Raises:
-            ValueError: The state is incomplete or was made with other settings. Nothing is changed.
+            ValueError: The state is malformed or was made with other settings. Nothing is changed.
+            TypeError: The state, or an entry of it, has the wrong type. Nothing is changed.
+
+        A warning tells of a state that another rank has saved.
         """
-        self._flight.load_state_dict(state)
+        states.load(self._flight, state)
 
     def __enter__(self) -> FreeAdversarial:
         return self

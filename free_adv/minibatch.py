@@ -18,6 +18,7 @@ Each batch that replay() yields needs one backward pass through its input. Look 
 - a forward pass under torch.no_grad(): move it out;
 - an input cut off from its graph (x.detach(), x.data, torch.tensor(x)): give the model x itself;
 - a wrapper round the replay that takes batches ahead: wrap it the other way, free.replay(wrapper);
+- a batch left out on purpose, such as one that did not fit into memory: call free.skip() there;
 - several batches per optimizer step: pass FreeAdversarial(..., accumulate=<that number>);
 - with at=module: a forward pass without that module, by a copy of it, with it in eval mode, after the
   loop was left, or compiled before FreeAdversarial was made (torch._dynamo.reset() once)."""
@@ -34,7 +35,7 @@ class Flight:
     device: torch.device | None
     inside: bool = False  # delta belongs to the output of a module, not to the input
     minibatch: Minibatch | None = None
-    resumed: bool = False  # the minibatch comes from a state and waits for the next iterator
+    resumed: bool = False  # the minibatch comes from a state and no iterator has begun it
     newest: object = None  # the iterator that may go on
     latest: tuple[Tensor, Rows] | None = None  # the clean input and the rows of the latest batch
 
@@ -43,7 +44,6 @@ class Flight:
         self.settle()
         if not self.resumed:
             self.minibatch = None
-        self.resumed = False
         self.newest = object()
         return self.newest
 
@@ -53,54 +53,20 @@ class Flight:
             self.minibatch.take_in()
         return self.minibatch
 
-    def state_dict(self) -> dict[str, Any]:
-        """See `FreeAdversarial.state_dict`."""
-        minibatch = self.settle()
-        return {
-            "version": 1,
-            "settings": self._settings(),
-            "delta": [buffer.clone() for buffer in self.perturbation.buffers.values()],
-            "minibatch": None if minibatch is None else list(minibatch.batches),
-            "done": 0 if minibatch is None else minibatch.done,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `FreeAdversarial.load_state_dict`."""
-        missing = {"version", "settings", "delta", "minibatch", "done"}.difference(state)
-        if missing:
-            raise ValueError(
-                f"state lacks {sorted(missing)}; it must come from FreeAdversarial.state_dict()"
+    def skip(self) -> None:
+        """See `FreeAdversarial.skip`."""
+        if self.settle() is None:
+            raise RuntimeError(
+                "skip() expects a minibatch in flight: call it inside "
+                "`for x, y in free.replay(loader):`"
             )
-        if state["version"] != 1:
-            raise ValueError(
-                f"state has version {state['version']!r}, but this release reads version 1"
-            )
-        for name, mine in self._settings().items():
-            theirs = state["settings"].get(name)
-            if theirs != mine:
-                raise ValueError(
-                    f"state was made with {name}={theirs!r}, but this object has {name}={mine!r}; "
-                    "construct it with the same settings"
-                )
-        old = self.perturbation.buffers
-        try:
-            self.perturbation.load(state["delta"])
-            batches = state["minibatch"]
-            minibatch = None if batches is None else Minibatch(self, batches, state["done"])
-        except Exception:
-            self.perturbation.buffers = old
-            raise
-        self.minibatch, self.resumed = minibatch, minibatch is not None
-        self.newest = self.latest = None
+        self.minibatch, self.resumed = None, False
 
     def clear(self) -> None:
         """Drop delta and any batch in flight."""
         self.perturbation.buffers = {}
         self.minibatch = self.newest = self.latest = None
         self.resumed = False
-
-    def _settings(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self.perturbation.threat), "replays": self.replays}
 
 
 class Minibatch:

@@ -11,6 +11,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from free_adv.checks import positive
+from free_adv.minibatch import CURES, Minibatch
 
 
 class Optimizers:
@@ -36,17 +37,33 @@ class Optimizers:
                 "loss.backward() and optimizer.step() yourself"
             )
 
-    def zero_grad(self) -> None:
-        """Forget the gradients of all parameters."""
-        for optimizer in self.all:
-            optimizer.zero_grad()
+    def train(self, minibatch: Minibatch, index: int, loss: Tensor) -> None:
+        """The backward pass of the batch with that index; after the last one the weights and delta move.
 
-    def backward(self, loss: Tensor) -> None:
-        """The backward pass, with the loss scaled if there is a scaler."""
-        scaled = loss if self.scaler is None else self.scaler.scale(loss)
-        scaled.backward()  # type: ignore[no-untyped-call]
+        Raises:
+            RuntimeError: No gradient has arrived.
+        """
+        ends = index == len(minibatch.batches) - 1
+        try:
+            if index == 0:
+                for optimizer in self.all:
+                    optimizer.zero_grad()
+            if len(minibatch.batches) > 1:
+                loss = loss * minibatch.share(index)
+            scaled = loss if self.scaler is None else self.scaler.scale(loss)
+            scaled.backward()  # type: ignore[no-untyped-call]
+            if minibatch.waiting == index:
+                raise RuntimeError(f"the input received no gradient from this loss.\n{CURES}")
+            if ends:
+                self._step()
+        except BaseException:  # the weights have not moved: this replay has not been made
+            for slot in minibatch.slots[: index + 1]:
+                slot.forget()
+            raise
+        if ends:
+            minibatch.take_in()
 
-    def step(self) -> None:
+    def _step(self) -> None:
         """Unscale, clip, step, and update the scaler."""
         if self.max_norm is not None:
             if self.scaler is not None:

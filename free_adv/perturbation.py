@@ -8,9 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from free_adv.checks import positive
 from free_adv.threat import ThreatModel
 
 Key = tuple[tuple[int, ...], torch.dtype]
+SHAPES = 16  # how many buffers are kept from one minibatch to the next
 
 
 class Rows(NamedTuple):
@@ -26,25 +28,33 @@ class Perturbation:
 
     A minibatch uses the leading rows, so a short last batch leaves the others as they are. Buffers
     are float32 (float64 for float64 input) whatever the precision of the input, live on the device
-    of the input and have its layout.
+    of the input and have its layout. The sixteen shapes last in use are kept, in that order.
     """
 
-    def __init__(self, threat: ThreatModel, step_size: float, start: str) -> None:
+    def __init__(self, threat: ThreatModel, step_size: float | None, start: str) -> None:
+        if start not in ("carry", "zero", "uniform"):
+            raise ValueError(f"start must be 'carry', 'zero' or 'uniform', got {start!r}")
         self.threat = threat
-        self.step_size = step_size
+        self.step_size = threat.eps if step_size is None else positive("step_size", step_size)
         self.start = start
         self.buffers: dict[Key, Tensor] = {}
 
     def place(self, x: Tensor, before: Iterable[Rows] = ()) -> Rows:
         """Assign rows to a batch, behind those of its minibatch that share its sample shape."""
+        self.threat.check_form(x)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         key = (tuple(x.shape[1:]), dtype)
         if key not in self.buffers:
-            self.threat.check(x)
+            self.threat.check_values(x)
         start = max((rows.stop for rows in before if rows.key == key), default=0)
         rows = Rows(key, start, start + len(x))
         self._fit(key, x, rows.stop)
         return rows
+
+    def forget(self) -> None:
+        """Keep memory bounded where there is no end of shapes: drop those longest out of use."""
+        for key in list(self.buffers)[:-SHAPES]:
+            del self.buffers[key]
 
     def begin(self, rows: Sequence[Rows]) -> None:
         """Set delta as a new minibatch finds it: carried over, zero, or uniform in the ball."""
@@ -74,10 +84,12 @@ class Perturbation:
         """Make the buffer long enough, and bring it to where `x` is."""
         old = self.buffers.get(key)
         if old is not None and (not len(x) or (old.device == x.device and len(old) >= length)):
+            self.buffers[key] = self.buffers.pop(key)  # the last in use
             return
         kept = 0 if old is None else len(old)
         rows = x[:1].expand(max(length, kept), *x.shape[1:]) if len(x) else x
         new = torch.zeros_like(rows, dtype=key[1])
         if old is not None:
             new[:kept] = old
+            del self.buffers[key]
         self.buffers[key] = new

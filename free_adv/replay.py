@@ -46,20 +46,23 @@ class Replay:
                 "DistributedSampler; ignore this if the dataset itself is already split by rank",
                 stacklevel=2,
             )
+        source = _Source(self._loader, flight)  # if the loader raises here, nothing has changed
         me = flight.open()
-        source = _Source(self._loader, flight)
         try:
             while minibatch := flight.minibatch or source.read():
                 flight.minibatch = minibatch
                 while minibatch.left:
                     batch = minibatch.next()
                     source.mark(last=not minibatch.left)
+                    flight.resumed = False
                     yield batch
                     if flight.newest is not me:
                         raise RuntimeError(
                             "this replay was replaced by a newer one of the same FreeAdversarial: iterate "
                             "the newest, and give loops that run side by side one object each"
                         )
+                    if flight.minibatch is not minibatch:  # skipped
+                        break
                     minibatch.demand()
                 flight.minibatch = None
         finally:
@@ -96,6 +99,7 @@ class _Source:
                 "replay() was iterated under torch.inference_mode(), where nothing receives a "
                 "gradient: iterate it outside"
             )
+        flight.perturbation.forget()
         wanted = min(flight.accumulate, self.left) or flight.accumulate
         batches = list(islice(self.batches, wanted))
         if not batches:

@@ -40,7 +40,12 @@ class Slot:
         for rows, leaf in self.leaves.items():
             if leaf.grad is not None:
                 perturbation.ascend(rows, leaf.grad)
-                leaf.grad = None  # the loop's last loss still holds the leaf
+        self.forget()  # the loop's last loss still holds the leaves
+
+    def forget(self) -> None:
+        """Drop the gradients that have arrived."""
+        for leaf in self.leaves.values():
+            leaf.grad = None
 
 
 class _Tap(torch.autograd.Function):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from free_adv.checks import describe, inside, numbers, positive
+from free_adv.checks import dense, describe, inside, numbers, positive
 
 
 @dataclass(frozen=True, init=False)
@@ -141,28 +141,32 @@ class ThreatModel:
         """
         if not delta.numel():
             return
-        grad = grad.to(delta.dtype).nan_to_num(0.0, 0.0, 0.0)
+        grad = grad.to(delta.dtype).nan_to_num(0.0, 0.0, 0.0)  # a new tensor
+        # delta changes in one operation: an interrupt finds it in the ball.
         if self.norm == "linf":
-            delta.add_(grad.sign(), alpha=step_size).clamp_(-self.eps, self.eps)
+            moved = grad.sign_().mul_(step_size).add_(delta)
+            torch.clamp(moved, -self.eps, self.eps, out=delta)
             return
         if self.std is not None:
             grad = grad / _channels(self.std, grad.ndim, grad.dtype, grad.device)
         # The largest entry is divided out first: squares of tiny gradients would underflow to 0.
         tiny = torch.finfo(grad.dtype).tiny
         grad = grad / _per_sample(grad, math.inf).clamp(min=tiny)
-        delta.add_(grad / _per_sample(grad, 2).clamp(min=tiny), alpha=step_size)
-        delta.mul_((self.eps / _per_sample(delta, 2).clamp(min=tiny)).clamp(max=1.0))
+        moved = (grad / _per_sample(grad, 2).clamp(min=tiny)).mul_(step_size).add_(delta)
+        shrink = (self.eps / _per_sample(moved, 2).clamp(min=tiny)).clamp(max=1.0)
+        torch.mul(moved, shrink, out=delta)
 
     def randomise(self, delta: Tensor, generator: torch.Generator | None = None) -> None:
         """Fill `delta`, shape (N, ...), with a uniform draw from the ball of each sample, in place."""
         if self.norm == "linf":
             delta.uniform_(-self.eps, self.eps, generator=generator)
             return
-        delta.normal_(generator=generator)
+        noise = torch.empty_like(delta).normal_(generator=generator)
         # A uniform draw from a d-dimensional ball has the radius u^(1/d).
-        radius = torch.empty_like(_per_sample(delta, 2)).uniform_(generator=generator)
+        norm = _per_sample(noise, 2).clamp(min=torch.finfo(delta.dtype).tiny)
+        radius = torch.empty_like(norm).uniform_(generator=generator)
         radius.pow_(1 / max(1, delta[:1].numel())).mul_(self.eps)
-        delta.mul_(radius / _per_sample(delta, 2).clamp(min=torch.finfo(delta.dtype).tiny))
+        torch.mul(noise, radius / norm, out=delta)
 
     def displacement(self, x: Tensor, x_adv: Tensor) -> Tensor:
         """How far `x_adv` is from `x`, in pixel units; both are in the loader's units."""
@@ -179,27 +183,22 @@ class ThreatModel:
         """Refuse a batch that cannot be what this threat model describes.
 
         Raises:
-            TypeError: `x` is not a floating-point tensor.
+            TypeError: `x` is not a dense floating-point tensor.
             ValueError: `x` has no batch dimension, has other channels than `mean` and `std`, holds
                 values that are not finite, or lies outside `bounds`. Stray values, such as the noise
                 that RandomErasing writes into normalised images, are let pass.
         """
-        what = describe(x)
-        if not x.is_floating_point():
-            raise TypeError(
-                f"the input must be floating point, got {what}; convert it before the replay "
-                "(images: x.float() / 255, or ToDtype(torch.float32, scale=True) in the transform)"
-            )
-        if x.ndim == 0:
-            raise ValueError(f"the input needs a batch dimension, got {what}; batch it as x[None]")
-        if self.mean is not None and (x.ndim < 2 or len(self.mean) not in (1, x.shape[1])):
-            raise ValueError(
-                f"mean and std have {len(self.mean)} entries, but the channels (dimension 1) of the "
-                f"input differ: {what}; pass one entry per channel, or one number each for all"
-            )
-        if x.numel() == 0:
-            return
-        inside(self.to_pixels(x.detach()), self.bounds, what)
+        self.check_form(x)
+        self.check_values(x)
+
+    def check_form(self, x: Tensor) -> None:
+        """The part of `check` that looks at no value, for which the host would wait."""
+        dense(x, 1 if self.mean is None else len(self.mean))
+
+    def check_values(self, x: Tensor) -> None:
+        """The part of `check` that looks at the values."""
+        if x.numel():
+            inside(self.to_pixels(x.detach()), self.bounds, describe(x))
 
 
 def _per_sample(t: Tensor, order: float) -> Tensor:

@@ -1,9 +1,15 @@
 """A saved state goes on exactly where it was taken."""
 
+import collections
+import dataclasses
 import io
+import itertools
+import pickle
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional
 
 from free_adv import FreeAdversarial
@@ -72,14 +78,248 @@ def test_saving_does_not_disturb_the_run():
     assert torch.equal(one[2].delta, two[2].delta)
 
 
-def test_a_state_is_a_copy():
+def test_a_state_is_a_copy_when_it_is_taken_and_when_it_is_loaded():
     model, _, free = make()
-    replay = iter(free.replay(batches()))
+    loader = batches()
+    kept = [x.clone() for x, _ in loader]
+    replay = iter(free.replay(loader))
     x, y = next(replay)
     state = free.state_dict()
     before = state["delta"][0].clone()
     free.step(functional.cross_entropy(model(x), y))
     assert torch.equal(state["delta"][0], before)
+    loader[0][0].zero_()  # a loader that uses its memory again
+    assert torch.equal(state["minibatch"][0][0], kept[0])
+    free.load_state_dict(state)
+    state["minibatch"][0][0].zero_()
+    state["delta"][0].fill_(1)
+    x, _ = next(iter(free.replay(loader)))
+    assert torch.equal(x.detach(), kept[0])
+
+
+def test_a_state_holds_a_view_of_the_data_and_not_all_of_the_data():
+    _, _, free = make()
+    data = torch.rand(100, 2, 5, 5)
+    next(iter(free.replay([(x, torch.zeros(4)) for x in data.split(4)])))
+    (x, _) = free.state_dict()["minibatch"][0]
+    assert x.untyped_storage().nbytes() == 4 * 4 * 2 * 5 * 5
+
+
+def test_a_state_of_version_1_which_knew_no_ranks_goes_on():
+    model, _, free = make()
+    for x, y in itertools.islice(free.replay(batches()), 2):
+        free.step(functional.cross_entropy(model(x), y))
+    state = free.state_dict()
+    old = {name: state[name] for name in ("settings", "delta", "minibatch", "done")} | {
+        "version": 1
+    }
+    new = make()[2]
+    new.load_state_dict(through_a_file(old))
+    assert torch.equal(new.state_dict()["delta"][0], state["delta"][0])
+    assert sum(x.sum().backward() is None for x, _ in new.replay([])) == 1
+
+
+def test_a_state_of_another_rank_loads_with_a_warning():
+    _, _, free = make()
+    state = {**free.state_dict(), "rank": [1, 2]}
+    with pytest.warns(UserWarning, match="that of rank 1 of 2, but this is rank 0 of 1") as warned:
+        free.load_state_dict(state)
+    assert warned[0].filename == __file__
+
+
+def test_a_loader_that_cannot_begin_costs_no_minibatch_of_a_state():
+    class Broken:
+        def __iter__(self):
+            raise OSError("disk")
+
+    model, _, free = make()
+    for x, y in itertools.islice(free.replay(batches()), 2):
+        free.step(functional.cross_entropy(model(x), y))
+    new = make()[2]
+    new.load_state_dict(free.state_dict())
+    with pytest.raises(OSError, match="disk"):
+        next(iter(new.replay(Broken())))
+    assert sum(x.sum().backward() is None for x, _ in new.replay([])) == 1
+
+
+def test_a_resumed_minibatch_is_moved_to_the_device():
+    free = FreeAdversarial(eps=0.1, replays=2)
+    next(iter(free.replay([(torch.rand(4, 2, 5, 5), torch.arange(4))])))
+    moved = FreeAdversarial(eps=0.1, replays=2, device="meta")  # a second device of every machine
+    moved.load_state_dict(free.state_dict())
+    x, y = next(iter(moved.replay([])))
+    assert x.device.type == y.device.type == "meta"
+
+
+def used():
+    """An object with delta and a minibatch in flight, and its state."""
+    model, _, free = make(accumulate=2)
+    for x, y in itertools.islice(free.replay(batches()), 3):
+        free.step(functional.cross_entropy(model(x), y))
+    return free, free.state_dict()
+
+
+def equal(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+X = torch.full((8, 2, 5, 5), 0.05)
+REFUSED = {  # what replaces the entry at a path of the state, and the phrase of the refusal
+    "no dict": ((), [1], "state must be a dict, got list"),
+    "an entry too many": (("more",), 1, "unknown entries"),
+    "a version that is no number": (("version",), "1", "version '1', but this release reads"),
+    "a version of yes": (("version",), True, "version True"),
+    "settings that are none": (("settings",), [1], r"\['settings'\] must be a dict, got list"),
+    "a setting that is a tensor": (
+        ("settings", "eps"),
+        torch.ones(2),
+        "but this object has eps=0.1",
+    ),
+    "a setting that is lacking": (("settings",), {"eps": 0.1}, "norm=None, but this object has"),
+    "bounds of another length": (("settings", "bounds"), [0.0], r"bounds=\[0.0\], but this object"),
+    "a rank that is none": (("rank",), [0, "1"], r"\['rank'\] must be \[rank, number of ranks\]"),
+    "a delta that is one tensor": (("delta",), X, "must be a list of tensors, got Tensor"),
+    "a delta of numbers": (("delta",), [1.0], "must be a list of tensors, got a float"),
+    "a delta of integers": (("delta", 0), X.long(), "must hold float32 or float64 .* torch.int64"),
+    "a delta of halves": (("delta", 0), X.half(), "must hold float32 or float64 .* torch.float16"),
+    "a delta of complex numbers": (("delta", 0), X + 0j, "must hold float32 .* torch.complex64"),
+    "a sparse delta": (("delta", 0), X.to_sparse(), "torch.sparse_coo"),
+    "a delta without values": (("delta", 0), X.to("meta"), "on meta"),
+    "a delta without rows": (("delta", 0), torch.tensor(0.0), r"of shape \(rows, ...\), got"),
+    "a delta out of the ball": (("delta", 0), 3 * X, "leaves the ball of radius eps=0.1"),
+    "a delta of NaN": (("delta", 0), X * torch.nan, "leaves the ball"),
+    "a delta of infinity": (("delta", 0), X / 0, "leaves the ball"),
+    "two deltas of one shape": (
+        ("delta",),
+        [X, X],
+        "several tensors for samples of the same shape",
+    ),
+    "a delta of another shape": (
+        ("delta", 0),
+        torch.zeros(8, 7),
+        r"state has delta of shape \(8, 7\), but this object has shape \(16, 2, 5, 5\)",
+    ),
+    "a delta too short": (
+        ("delta", 0),
+        X[:3],
+        r"\(8, 2, 5, 5\) .* delta has shapes \[\(3, 2, 5, 5\)\]",
+    ),
+    "no batches": (("minibatch",), [], "must be a list of batches"),
+    "batches that are no list": (("minibatch",), {"x": X}, "must be a list of batches"),
+    "more batches than accumulate": (("minibatch",), [(X, X)] * 3, "of 3 .* accumulate=2"),
+    "a batch without an input": (("minibatch",), [{"x": 1}], "no key=0"),
+    "a batch of text": (("minibatch",), ["text"], "no key=0"),
+    "an input that is a number": (("minibatch", 0), (1.0, X), "must be a tensor, got float"),
+    "an input of integers": (("minibatch", 0), (X.long(), X), "must be floating point"),
+    "an input of another shape": (("minibatch", 0), (X[:, :1], X), "but its delta has shapes"),
+    "an input of NaN in a new shape": (("minibatch", 0), (X[0] * torch.nan, X), "not finite"),
+    "a number of replays below 0": (("done",), -1, r"\['done'\] must be a number of replays made"),
+    "a number of replays above m": (("done",), 4, "must be a number of replays made, got 4"),
+    "half a replay": (("done",), 0.5, "must be a number of replays made, got 0.5"),
+    "replays of no minibatch": (("minibatch",), None, "must be a number of replays made, got 1"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_malformed_state_is_refused_and_the_object_left_as_it_was(name):
+    (free, state), (path, value, phrase) = used(), REFUSED[name]
+    before = free.state_dict()
+    broken = through_a_file(state)
+    node = broken
+    for key in path[:-1]:
+        node = node[key]
+    if path:
+        node[path[-1]] = value
+    with pytest.raises((ValueError, TypeError), match=phrase):
+        free.load_state_dict(broken if path else value)
+    assert equal(free.state_dict(), before)
+    free.load_state_dict(state)
+
+
+def test_a_state_that_contains_itself_is_refused():
+    free, state = used()
+    loop = [X, X]
+    loop.append(loop)
+    with pytest.raises(ValueError, match="state cannot be read: maximum recursion depth exceeded"):
+        free.load_state_dict({**state, "minibatch": [loop]})
+
+
+def spots(value, path=()):
+    """The paths of everything in a state."""
+    yield path
+    if isinstance(value, dict | list | tuple):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from spots(value[key], (*path, key))
+
+
+def replaced(value, path, new):
+    if not path:
+        return new
+    twin = dict(value) if isinstance(value, dict) else list(value)
+    twin[path[0]] = replaced(value[path[0]], path[1:], new)
+    return twin if isinstance(value, dict) else type(value)(twin)
+
+
+FREE, STATE = used()
+JUNK = [
+    None,
+    True,
+    -1,
+    0,
+    3,
+    10**30,
+    0.05,
+    float("nan"),
+    "",
+    "text",
+    b"\0",
+    [],
+    {},
+    (),
+    [[]],
+    {1: 2},
+]
+JUNK += [X, X[:0], X * torch.nan, X.long(), X.to_sparse(), X.to("meta"), torch.tensor(1.0), [X, X]]
+
+
+@pytest.mark.filterwarnings("ignore:the state is that of rank")
+@given(path=st.sampled_from(list(spots(STATE))), junk=st.sampled_from(JUNK))
+def test_junk_anywhere_in_a_state_is_refused_or_harmless(path, junk):
+    before = FREE.state_dict()
+    try:
+        FREE.load_state_dict(replaced(STATE, path, junk))
+    except (ValueError, TypeError):
+        assert equal(FREE.state_dict(), before)
+    state = FREE.state_dict()
+    assert all(delta.abs().max() <= 0.1 + 1e-6 for delta in state["delta"])
+    FREE.load_state_dict(STATE)
+
+
+@dataclasses.dataclass
+class Labelled:
+    image: torch.Tensor
+    label: torch.Tensor
+
+
+Named = collections.namedtuple("Named", "image label")
+
+
+@pytest.mark.parametrize("kind", [Labelled, Named])
+def test_a_batch_of_a_class_goes_through_a_file_once_torch_is_told_of_it(kind):
+    free = FreeAdversarial(eps=0.1, replays=2, key="image")
+    next(iter(free.replay([kind(torch.rand(4, 3), torch.arange(4))])))
+    with pytest.raises(pickle.UnpicklingError, match="add_safe_globals"):
+        through_a_file(free.state_dict())
+    with torch.serialization.safe_globals([kind]):
+        state = through_a_file(free.state_dict())
+    free.load_state_dict(state)
+    assert type(next(iter(free.replay([])))) is kind
 
 
 @pytest.mark.parametrize(
@@ -104,8 +344,10 @@ def test_a_state_that_is_none_is_refused_and_nothing_is_changed():
     before = free.state_dict()
     with pytest.raises(ValueError, match=r"state lacks .*'delta'"):
         free.load_state_dict({})
-    with pytest.raises(ValueError, match="version 2, but this release reads version 1"):
-        free.load_state_dict({**before, "version": 2})
+    with pytest.raises(
+        ValueError, match="version 3, but this release reads versions 1 to 2; load it"
+    ):
+        free.load_state_dict({**before, "version": 3})
     with pytest.raises(ValueError, match="no key=0"):
         free.load_state_dict({**before, "delta": [], "minibatch": [{"x": 1}]})
     assert torch.equal(free.state_dict()["delta"][0], before["delta"][0])
