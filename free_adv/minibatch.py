@@ -53,6 +53,12 @@ class Flight:
             self.minibatch.take_in()
         return self.minibatch
 
+    def forget(self) -> None:
+        """Drop the buffers of shapes that have long been out of use, while no minibatch needs them."""
+        self.perturbation.forget()
+        if self.latest is not None and self.latest[1].key not in self.perturbation.buffers:
+            self.latest = None
+
     def skip(self) -> None:
         """See `FreeAdversarial.skip`."""
         if self.settle() is None:

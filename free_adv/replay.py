@@ -52,6 +52,11 @@ class Replay:
             while minibatch := flight.minibatch or source.read():
                 flight.minibatch = minibatch
                 while minibatch.left:
+                    if torch.is_inference_mode_enabled():
+                        raise RuntimeError(
+                            "replay() was iterated under torch.inference_mode(), where nothing "
+                            "receives a gradient: iterate it outside"
+                        )
                     batch = minibatch.next()
                     source.mark(last=not minibatch.left)
                     flight.resumed = False
@@ -94,12 +99,7 @@ class _Source:
     def read(self) -> Minibatch | None:
         """The next minibatch: one batch, or up to `accumulate`; the loader is read no further."""
         flight = self.flight
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                "replay() was iterated under torch.inference_mode(), where nothing receives a "
-                "gradient: iterate it outside"
-            )
-        flight.perturbation.forget()
+        flight.forget()
         wanted = min(flight.accumulate, self.left) or flight.accumulate
         batches = list(islice(self.batches, wanted))
         if not batches:
