@@ -50,7 +50,6 @@ class Replay:
         me = flight.open()
         try:
             while minibatch := flight.minibatch or source.read():
-                flight.minibatch = minibatch
                 while minibatch.left:
                     if torch.is_inference_mode_enabled():
                         raise RuntimeError(
@@ -110,6 +109,7 @@ class _Source:
             batches = [move(batch, flight.device) for batch in batches]
         minibatch = Minibatch(flight, batches)
         flight.perturbation.begin(minibatch.rows)
+        flight.minibatch = minibatch
         return minibatch
 
     def mark(self, last: bool) -> None:
