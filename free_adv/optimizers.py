@@ -59,6 +59,9 @@ class Optimizers:
         except BaseException:  # the weights have not moved: this replay has not been made
             for slot in minibatch.slots[: index + 1]:
                 slot.forget()
+            if self.scaler is not None:  # or it takes the next gradients for unscaled ones
+                for optimizer in self.all:
+                    self.scaler._per_optimizer_states.pop(id(optimizer), None)
             raise
         if ends:
             minibatch.take_in()

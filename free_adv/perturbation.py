@@ -84,12 +84,12 @@ class Perturbation:
         """Make the buffer long enough, and bring it to where `x` is."""
         old = self.buffers.get(key)
         if old is not None and (not len(x) or (old.device == x.device and len(old) >= length)):
-            self.buffers[key] = self.buffers.pop(key)  # the last in use
-            return
-        kept = 0 if old is None else len(old)
-        rows = x[:1].expand(max(length, kept), *x.shape[1:]) if len(x) else x
-        new = torch.zeros_like(rows, dtype=key[1])
-        if old is not None:
-            new[:kept] = old
-            del self.buffers[key]
-        self.buffers[key] = new
+            new = old
+        else:
+            kept = 0 if old is None else len(old)
+            rows = x[:1].expand(max(length, kept), *x.shape[1:]) if len(x) else x
+            new = torch.zeros_like(rows, dtype=key[1])
+            if old is not None:
+                new[:kept] = old
+        # The last in use comes last. In one assignment: an interrupt finds the old buffers or the new ones.
+        self.buffers = {**{k: b for k, b in self.buffers.items() if k != key}, key: new}

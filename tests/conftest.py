@@ -1,5 +1,10 @@
 """Settings and fixtures shared by all tests."""
 
+import os
+
+# Of these small tensors two threads make slow work, beside other processes most of all.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import pytest
 import torch

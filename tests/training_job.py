@@ -109,7 +109,7 @@ class Job:
             time.sleep(100)
 
 
-def main():
+def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the checkpoint")
@@ -117,7 +117,11 @@ def main():
     add("--replays", type=int, default=3, help="the paper's m")
     add("--save-updates", type=int, default=1, help="updates between checkpoints")
     add("--wait", help="'forward N' or 'backward N': wait for Ctrl-C in that pass of update N")
-    job = Job(parser.parse_args())
+    return parser.parse_args(arguments)
+
+
+def main():
+    job = Job(parse())
     print("begins", flush=True)  # noqa: T201
     try:
         job.resume()
