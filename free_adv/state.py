@@ -107,6 +107,7 @@ def _read(flight: Flight, state: dict[str, Any]) -> tuple[Perturbation, Minibatc
             f"accumulate={flight.accumulate}; construct it with the same settings"
         )
     batches = [_copy(batch) for batch in batches]
+    tree_map(_demand_values, batches)
     if flight.device is not None:
         batches = [move(batch, flight.device) for batch in batches]
     shapes = _shapes(twin.perturbation)
@@ -161,6 +162,12 @@ def _rank() -> list[int]:
 
 def _copy(batch: Any) -> Any:
     return tree_map(lambda t: t.detach().clone(), batch)
+
+
+def _demand_values(t: Tensor) -> Tensor:
+    if t.device.type == "meta":
+        raise ValueError(f"state has a minibatch without values: {describe(t)}")
+    return t
 
 
 def _shapes(perturbation: Perturbation) -> list[tuple[int, ...]]:

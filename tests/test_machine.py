@@ -411,7 +411,7 @@ class Machine(RuleBasedStateMachine):
         made["steps of the optimizer"] += ends
         if ends:
             model.weight -= model.gradient
-        model.take_in()
+            model.take_in()
 
     def skip(self, who):
         self.count("skips")

@@ -216,6 +216,7 @@ REFUSED = {  # what replaces the entry at a path of the state, and the phrase of
     "a batch without an input": (("minibatch",), [{"x": 1}], "no key=0"),
     "a batch of text": (("minibatch",), ["text"], "no key=0"),
     "an input that is a number": (("minibatch", 0), (1.0, X), "must be a tensor, got float"),
+    "an input without values": (("minibatch", 0), (X.to("meta"), X), "without values: .* on meta"),
     "an input of integers": (("minibatch", 0), (X.long(), X), "must be floating point"),
     "an input of another shape": (("minibatch", 0), (X[:, :1], X), "but its delta has shapes"),
     "an input of NaN in a new shape": (("minibatch", 0), (X[0] * torch.nan, X), "not finite"),
