@@ -30,8 +30,6 @@ from torchdata.stateful_dataloader.sampler import (
     StatefulDistributedSampler,
 )
 
-# torchdata 0.11 calls what torch 2.14 has given up.
-pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 SGD = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 ADAMW = functools.partial(torch.optim.AdamW, lr=0.02)
 EPOCHS, M, SIZE, COUNT = 2, 3, 8, 45  # 45 samples: five batches of 8 and one of 5
