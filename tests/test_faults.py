@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 import free_adv
 from free_adv import FreeAdversarial
-from tests import test_imagenet
+from tests import test_imagenet, training_job
 from tests.reference import batches, network
 from tests.test_imagenet import data  # noqa: F401 a fixture
 
@@ -128,6 +128,38 @@ class Process:
         return code, errors
 
 
+def job(arguments, begins):
+    os.setsid()  # a process group of its own, with the workers of its loader
+    sys.argv[1:] = arguments
+    sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 ends with the process
+    warnings.simplefilter("ignore")  # those of torchdata
+    torch.set_num_threads(1)
+    begins.set()
+    training_job.main()
+
+
+class Forked:
+    """The same, forked from a server that has imported everything: hundreds of kills take minutes."""
+
+    def __init__(self, out, *options):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        begins = context.Event()
+        arguments = ["--out", str(out), *options]
+        self.process = context.Process(target=job, args=(arguments, begins))
+        self.process.start()
+        assert begins.wait(100)
+
+    def killed(self, after):
+        """Whether it had to be killed after so many seconds; its workers are cleared away."""
+        self.process.join(after)
+        if self.process.exitcode is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.join()
+        assert self.process.exitcode in (0, -signal.SIGKILL)
+        return self.process.exitcode != 0
+
+
 def final(folder):
     return torch.load(folder / "last.pt", weights_only=True)
 
@@ -141,17 +173,12 @@ def torn(path):
 
 
 class Undisturbed:
-    """The same job in this process, where nothing is to be imported anew: how it ends, and how long it takes."""
+    """The job that nothing stops: how it ends, and how long it takes."""
 
     def __init__(self, out, *options):
-        from tests import training_job
-
-        with warnings.catch_warnings(), torch.random.fork_rng():
-            warnings.simplefilter("ignore")  # those of torchdata
-            job = training_job.Job(training_job.parse(["--out", str(out), *options]))
-            start = time.perf_counter()
-            job.train()
-            self.seconds = time.perf_counter() - start
+        process, start = Forked(out, *options), time.perf_counter()
+        assert not process.killed(100)
+        self.seconds = time.perf_counter() - start
         self.options, self.state = options, final(out)
 
 
@@ -159,7 +186,7 @@ def run_to_the_end(folder, like, draw, kills, counts):
     """The job, killed at random and started again until it is done; it is killed at most so many times."""
     killed = True
     while killed:
-        process = Process(folder, *like.options)
+        process = Forked(folder, *like.options)
         before = set(folder.glob("*.new"))
         killed = process.killed(draw.uniform(0, like.seconds) if kills else 100)
         kills -= killed
@@ -181,7 +208,6 @@ SGD, ADAMW = (), ("--optimizer", "adamw", "--replays", "4", "--save-updates", "3
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """An undisturbed job; one that was killed, and one that was interrupted, side by side."""
-    pytest.importorskip("torchdata.stateful_dataloader")
     out = tmp_path_factory.mktemp("jobs")
     like, counts = Undisturbed(out / "whole", *SGD), collections.Counter()
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -221,7 +247,6 @@ def test_a_job_that_gets_ctrl_c_in_a_replay_saves_and_goes_on_bit_equal(both):
 
 @pytest.mark.slow
 def test_a_job_that_is_killed_many_times_ends_where_an_undisturbed_one_does(tmp_path, capsys):
-    pytest.importorskip("torchdata.stateful_dataloader")
     likes = [Undisturbed(tmp_path / f"whole {o}", *o) for o in (SGD, ADAMW)]
 
     def run(lane):
