@@ -43,7 +43,7 @@ class Optimizers:
         Raises:
             RuntimeError: No gradient has arrived.
         """
-        ends = index == len(minibatch.batches) - 1
+        ends, stepping = index == len(minibatch.batches) - 1, False
         try:
             if index == 0:
                 for optimizer in self.all:
@@ -55,13 +55,15 @@ class Optimizers:
             if minibatch.waiting == index:
                 raise RuntimeError(f"the input received no gradient from this loss.\n{CURES}")
             if ends:
+                stepping = True
                 self._step()
         except BaseException:  # the weights have not moved: this replay has not been made
             for slot in minibatch.slots[: index + 1]:
                 slot.forget()
-            if self.scaler is not None:  # or it takes the next gradients for unscaled ones
-                for optimizer in self.all:
-                    self.scaler._per_optimizer_states.pop(id(optimizer), None)
+            if (
+                stepping and self.scaler is not None
+            ):  # or it takes the next gradients for unscaled ones
+                self.scaler.update(self.scaler.get_scale())
             raise
         if ends:
             minibatch.take_in()

