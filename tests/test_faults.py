@@ -282,23 +282,24 @@ def test_torchrun_starts_a_job_again_whose_rank_was_killed_and_it_ends_bit_equal
         "TORCHRUN",
         [*test_imagenet.TORCHRUN[:2], "--max-restarts=2", *test_imagenet.TORCHRUN[2:]],
     )
-    rank = []
+    killed = []
 
-    class One(psutil.Process):
-        """What the run asks for the processes to kill: one rank, and not the launcher above it."""
+    class Launcher(psutil.Process):
+        """Where the run asks for its processes to kill them all, one rank is killed, and nothing else."""
 
         def children(self, recursive=False):
             ranks = [p for p in super().children() if "imagenet.py" in " ".join(p.cmdline())]
-            rank.append(ranks[-1].pid)
-            return ranks[-1:]
+            os.kill(ranks[-1].pid, signal.SIGKILL)
+            killed.append(ranks[-1].pid)
+            return []
 
         def send_signal(self, kind):
             """The launcher gets none."""
 
-    monkeypatch.setattr(psutil, "Process", One)
+    monkeypatch.setattr(psutil, "Process", Launcher)
     parts = test_imagenet.Run(tmp_path / "parts", data, kill_after=f"update {test_imagenet.LATER}/")
     assert parts.code == 0, parts.errors
-    assert len(rank) == 1
+    assert len(killed) == 1
     assert f"goes on from update {test_imagenet.SAVED} of" in parts.out
     test_imagenet.assert_same(tmp_path / "whole", tmp_path / "parts")
 
