@@ -13,7 +13,7 @@ import free_adv
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """`torch.save`, so that at any moment `path` holds the old state or the new one, whole."""
+    """`torch.save`, so that at any moment `path` holds the old state or the new one, whole; for one process at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.{os.getpid()}.new")
     with new.open("wb") as file:
@@ -21,6 +21,8 @@ def save(path: Path, state: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
+    for torn in path.parent.glob(f"{path.name}.*.new"):  # left by a kill
+        torn.unlink()
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

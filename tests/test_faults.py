@@ -232,6 +232,7 @@ def test_a_job_that_is_killed_at_random_ends_where_an_undisturbed_one_does(both)
     _, counts, _, _ = both
     assert counts["kills"] in (1, 2)
     assert counts["runs"] == counts["bit-equal"] == 1
+    assert counts["temporary files left"] == 0
 
 
 def test_a_job_that_gets_ctrl_c_in_a_replay_saves_and_goes_on_bit_equal(both):
@@ -262,6 +263,7 @@ def test_a_job_that_is_killed_many_times_ends_where_an_undisturbed_one_does(tmp_
         sys.stdout.write(f"\n{dict(counts)}\n")
     assert counts["kills"] == KILLS // 2 * 2
     assert counts["bit-equal"] == counts["runs"]
+    assert counts["temporary files left"] == 0
     assert counts["half-written file"] or KILLS < 100
 
 
