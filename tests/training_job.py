@@ -120,15 +120,19 @@ def parse(arguments=None):
     return parser.parse_args(arguments)
 
 
-def main():
-    job = Job(parse())
-    print("begins", flush=True)  # noqa: T201
+def run(job):
     try:
         job.resume()
         job.train()
     except KeyboardInterrupt:
         job.save()
         sys.exit(INTERRUPTED)
+
+
+def main():
+    job = Job(parse())
+    print("begins", flush=True)  # noqa: T201
+    run(job)
 
 
 if __name__ == "__main__":
