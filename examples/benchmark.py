@@ -1,6 +1,6 @@
 """The cost of a training step by every method, side by side in one process.
 
-    python examples/benchmark.py --models resnet18.a1_in1k:96 vit_tiny_patch16_224:224 --dtype fp32 bf16
+    python examples/benchmark.py --models resnet18.a1_in1k:96 vit_tiny_patch16_224:224 --amp none bf16
     python examples/benchmark.py --loader --models cnn-8:32 --workers 1
 
 In each round every method takes its turn, in an order that rotates; ratios are of turns of the same round. A turn
@@ -25,13 +25,13 @@ from pathlib import Path
 
 import jpegs
 import nets
+import plots
 import records
 import torch
 from benchmark_report import (
-    COLOURS,
     COUNTED,
     INPUT_GRAD,
-    draw,
+    METHODS,
     ratios,
     show,
     targets,
@@ -208,8 +208,8 @@ def main() -> None:
     cases = "resnet18:32", "resnet18.a1_in1k:96"
     names = "of nets.py or timm, with the side of the images; a tag, as in resnet18.a1_in1k, makes it timm's"
     add("--models", nargs="+", default=cases, metavar="NAME:SIZE", help=names)
-    add("--methods", nargs="+", choices=COLOURS, help="all; with --loader natural and free")
-    add("--dtype", nargs="+", choices=DTYPES, default=["fp32"], help="other than fp32 by autocast")
+    add("--methods", nargs="+", choices=METHODS, help="all; with --loader natural and free")
+    add("--amp", nargs="+", choices=["none", "bf16", "fp16"], default=["none"])
     add("--batch-size", type=int, default=16)
     add("--replays", type=int, default=4, help="the paper's m")
     add("--rounds", type=int, default=20)
@@ -220,14 +220,15 @@ def main() -> None:
     add("--loader", action="store_true", help="batches from JPEG files, an epoch per turn")
     add("--images", type=int, default=256, help="of --loader")
     add("--workers", type=int, default=2, help="of --loader")
-    add("--out", type=Path, help="JSON file")
-    add("--plot", type=Path, help="PNG file")
+    add("--json", type=Path, help="write the results there too")
+    add("--plot", type=Path, help="the picture")
     args = parser.parse_args()
-    chosen = args.methods or (["free"] if args.loader else COLOURS)
-    args.methods = [m for m in COLOURS if m in chosen or m == "natural"]
+    chosen = args.methods or (["free"] if args.loader else METHODS)
+    args.methods = [m for m in METHODS if m in chosen or m == "natural"]
     cuda = torch.device(args.device).type == "cuda"
 
-    cases = [(case, dtype) for case in args.models for dtype in args.dtype]
+    dtypes = ["fp32" if amp == "none" else amp for amp in args.amp]
+    cases = [(case, dtype) for case in args.models for dtype in dtypes]
     children = args.methods if args.memory and not cuda else []
     jobs = [(*case, method) for case in cases for method in children]
     # Before anything else: a child's high-water mark begins with the size of this process.
@@ -248,12 +249,12 @@ def main() -> None:
         row["targets"] = targets(row, natural, args)
     show(rows)
     if args.plot:
-        draw(args.plot, rows)
-    if args.out:
+        plots.save(plots.bars(rows), args.plot)
+    if args.json:
         arguments = {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
         record = {"arguments": arguments, "environment": records.environment(args.device)}
         tables = {"table": ratios(rows), "targets": verdicts(rows), "flops": work(rows)}
-        records.write(args.out, record | {"rows": rows} | tables)
+        records.write(args.json, record | {"rows": rows} | tables)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,10 @@
-"""What `benchmark.py` shows of its rows: targets, a table and a picture."""
+"""What `benchmark.py` shows of its rows: targets and tables."""
 
 import argparse
 import math
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 INPUT_GRAD = "input-grad"  # natural, with the gradient of the input that an adversary needs
-BLUE, SKY, RED, ORANGE = "#0072B2", "#56B4E9", "#D55E00", "#E69F00"  # Okabe and Ito
-COLOURS = {"natural": BLUE, INPUT_GRAD: SKY, "free": RED, "free-public": ORANGE}
-COLOURS |= {"fgsm-rs": "#CC79A7", "pgd": "#009E73", "pgd-plain": "#000000"}
+METHODS = "natural", INPUT_GRAD, "free", "free-public", "fgsm-rs", "pgd", "pgd-plain"
 COUNTED = "natural", INPUT_GRAD, "free", "free-public"  # whose operations are counted
 
 
@@ -64,7 +56,7 @@ def show(rows: list[dict]) -> None:
 
 def ratios(rows: list[dict]) -> list[str]:
     """Time of an update relative to natural's, in Markdown: a row for each model and dtype."""
-    methods = [m for m in COLOURS if m in {row["method"] for row in rows} and m != "natural"]
+    methods = [m for m in METHODS if m in {row["method"] for row in rows} and m != "natural"]
     lines = ["| model | dtype | natural, ms | " + " | ".join(methods) + " |"]
     lines.append("| --- " * (3 + len(methods)) + "|")
     for place in dict.fromkeys((row["model"], row["dtype"]) for row in rows):
@@ -102,25 +94,3 @@ def verdicts(rows: list[dict]) -> list[str]:
             cells = [row["model"], row["dtype"], what, limit, f"{t['value']:.3f}"]
             lines.append(f"| {' | '.join(cells)} | {'yes' if t['met'] else 'no'} |")
     return lines
-
-
-def draw(path: Path, rows: list[dict]) -> None:
-    """Bars of the time of an update, natural's being 1; the whiskers are quartiles."""
-    groups = list(dict.fromkeys(f"{row['model']}\n{row['dtype']}" for row in rows))
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    width = 1 / (len(methods) + 1)
-    figure, axes = plt.subplots(figsize=(max(6, 0.4 * len(rows) + 2), 4), layout="constrained")
-    for place, method in enumerate(methods):
-        ratios = [row[f"{row['clock']}_to_natural"] for row in rows if row["method"] == method]
-        q1, middle, q3 = ([ratio[name] for ratio in ratios] for name in ("q1", "median", "q3"))
-        at = [group + (place + 0.5) * width for group in range(len(groups))]
-        axes.bar(at, middle, width, color=COLOURS[method], label=method)
-        for x, low, value, high in zip(at, q1, middle, q3, strict=True):
-            axes.plot([x, x], [low, high], color="grey", linewidth=1)
-            axes.text(x, high, f"{value:.2f}", ha="center", va="bottom", fontsize=7)
-    axes.set_xticks([group + (1 - width) / 2 for group in range(len(groups))], groups)
-    axes.set_ylabel("time of an update, natural = 1")
-    axes.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -18,9 +18,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+import plots
 import torch
+from arguments import fraction
 from methods import METHODS, batches, updates_per_batch
 from nets import Standardise, augment, create
 from records import environment, load, random_state, save, set_random_state, write
@@ -31,9 +32,6 @@ from torchvision import datasets
 from tqdm import tqdm
 
 from free_adv import FreeAdversarial, ThreatModel, evaluate
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 RECIPES: dict[str, dict[str, Any]] = {
@@ -145,10 +143,9 @@ class Run:
         self.forward = torch.compile(self.model) if args.compile else self.model
         groups = param_groups_weight_decay(self.model, args.weight_decay)
         self.optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=args.nesterov)
-        self.threat = ThreatModel(args.eps / 255)
-        size = None if args.step_size is None else args.step_size / 255
+        self.threat = ThreatModel(args.eps)
         self.free = FreeAdversarial(
-            eps=args.eps / 255, replays=args.replays, step_size=size, start=args.start
+            eps=args.eps, replays=args.replays, step_size=args.step_size, start=args.start
         )
         held = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         held, rest = held[: args.held_out], held[args.held_out :]
@@ -338,20 +335,18 @@ def test(run: Run, images: Tensor, labels: Tensor) -> list[dict[str, Any]]:
 
 def draw(record: dict[str, Any], path: Path) -> None:
     """Training loss and accuracy on the held-out images along the run."""
-    curve = record["curve"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    updates = [row["update"] for row in curve]
-    left.plot(updates, [row["loss"] for row in curve], color="#0072B2")
+    curve, method = record["curve"], record["arguments"]["method"]
+    figure, (left, right) = plots.plt.subplots(1, 2, figsize=(9, 3.4))
+    run = {"label": method, "curve": curve, "cost": curve[-1]["update"]}
+    plots.curves(left, [run], "loss")
     left.set(xlabel="update", ylabel="training loss")
-    for key, colour in (("clean", "#0072B2"), ("robust", "#D55E00")):
+    for key, colour in (("clean", plots.BLUE), ("robust", plots.RED)):
         if key in curve[0]:
-            right.plot(updates, [100 * row[key] for row in curve], color=colour, label=key)
+            plots.curves(right, [run | {"label": key}], key, colour)
             right.legend()
-    right.set(xlabel="update", ylabel="held-out accuracy (%), robust: PGD-10", ylim=(0, 100))
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    right.set(xlabel="update", ylabel="held-out accuracy (%)", ylim=(0, 100))
+    right.set_title("robust: under PGD-10", fontsize="medium")
+    plots.save(figure, path)
 
 
 def whole(text: str) -> int:
@@ -374,8 +369,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--init", type=Path, help="begin with the weights.pt of another run")
     add("--replays", type=whole, default=8, help="the paper's m")
     add("--passes", type=float, default=200.0, help="natural passes over the data: the cost")
-    add("--eps", type=float, default=8.0, help="linf radius, in 1/255")
-    add("--step-size", type=float, help="ascent step of Free in 1/255; eps by default")
+    add("--eps", type=fraction, default=8 / 255, help="linf radius, pixels in [0, 1]")
+    add("--step-size", type=fraction, help="ascent step of Free; eps by default")
     add("--start", choices=["carry", "zero", "uniform"], default="carry", help="delta of Free")
     add("--batch-size", type=whole, default=128)
     add("--lr", type=float, default=0.1)

@@ -37,6 +37,7 @@ import nets
 import records
 import timm
 import torch
+from arguments import fraction
 from timm.models import load_checkpoint
 from torch import Tensor, distributed, nn
 from torch.nn import functional
@@ -125,8 +126,8 @@ class Training:
             self.optimizer = torch.optim.SGD(net.parameters(), momentum=args.momentum, **settings)
         else:
             self.optimizer = torch.optim.AdamW(net.parameters(), **settings)
-        self.threat = ThreatModel(args.eps / 255)
-        self.free = FreeAdversarial(eps=args.eps / 255, replays=args.replays)
+        self.threat = ThreatModel(args.eps)
+        self.free = FreeAdversarial(eps=args.eps, replays=args.replays)
         torch.manual_seed(images.seed_of(args.seed, self.rank))  # each rank has dropout of its own
         starts = images.seed_of(args.seed, self.rank, 1)
         self.generator = torch.Generator(device).manual_seed(starts)
@@ -139,7 +140,7 @@ class Training:
         self.checkpoint = jobs.Checkpoint(args.out, matter, net, self.optimizer, self.ema)
         way = "FSDP" if args.fsdp else "DDP" if self.ranks > 1 else "one process"
         say(
-            f"{args.model}, {args.method}, eps {args.eps:g}/255, {args.passes} passes over {count} images of "
+            f"{args.model}, {args.method}, eps {255 * args.eps:g}/255, {args.passes} passes over {count} images of "
             f"{self.classes} classes: {self.total} updates of {self.batch}; {self.ranks} x {device.type}, {way}"
         )
 
@@ -291,7 +292,7 @@ def parse() -> argparse.Namespace:
     add("--init", type=Path, help="begin with the weights in this file")
     add("--method", default="free", choices=["natural", "free", "pgd", "fgsm-rs"])
     add("--replays", type=int, default=4, help="the paper's m")
-    add("--eps", type=float, default=4, help="linf radius, of 255")
+    add("--eps", type=fraction, default=4 / 255, help="linf radius, pixels in [0, 1]")
     add("--passes", type=int, default=90, help="natural passes over the data: the cost")
     add("--batch-size", type=int, default=256, help="of each rank")
     add("--lr", type=float, default=0.1, help="peak for 256 images an update, scaled linearly")

@@ -12,12 +12,10 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
+import plots
 import torch
+from arguments import parser
 from digits import network, test_set, train_set
-from matplotlib import pyplot as plt
 from records import environment, write
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
@@ -25,8 +23,7 @@ from tqdm import tqdm
 
 from free_adv import FreeAdversarial, ThreatModel, evaluate, pgd
 
-COLOURS = {"natural": "#0072B2", "free": "#D55E00", "pgd-7": "#009E73"}  # Okabe and Ito
-MARKERS = {"natural": "o", "free": "*", "pgd-7": "s"}
+METHODS = "natural", "free", "pgd-7"
 
 
 def data(batch_size: int, seed: int) -> tuple[DataLoader, DataLoader]:
@@ -80,64 +77,30 @@ def train(
 
 def draw(path: Path, rows: list[dict], threat: ThreatModel, loader: DataLoader) -> None:
     """Accuracy against training time; digits, each attacked for every model, with its predictions."""
-    figure = plt.figure(figsize=(11, 4.4), layout="constrained")
+    figure = plots.plt.figure(figsize=(11, 4.4))
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.5))
     axes = left.subplots()
-    for row in rows:
-        name, seconds = row["method"], row["seconds"]
-        style = {"color": COLOURS[name], "marker": MARKERS[name], "ms": 11, "ls": "none"}
-        axes.plot(seconds, 100 * row["robust"], label=name, **style)
-        axes.plot(seconds, 100 * row["clean"], fillstyle="none", **style)
-    axes.set_title("filled: under PGD-40, hollow: clean")
-    axes.set(xlim=(0, None), ylim=(0, 104), xlabel="training time (s)", ylabel="test accuracy (%)")
+    points = [row | {"label": row["method"], "cost": row["seconds"]} for row in rows]
+    plots.accuracy_against_cost(axes, points, "PGD-40")
+    axes.set(xlim=(0, None), xlabel="training time (s)")
     axes.legend(loc="lower right")
-    axes.grid(alpha=0.3)
-
     x, y = (t[:8] for t in next(iter(loader)))
-    attacked = [(row, pgd(row["model"], x, y, threat, steps=40)) for row in rows]
-    grid = right.subplots(1 + len(rows), len(x), squeeze=False)
-    for line, (label, images, models) in zip(
-        grid,
-        [("clean", x, rows)] + [(f"against\n{row['method']}", adv, [row]) for row, adv in attacked],
-        strict=True,
-    ):
-        line[0].set_ylabel(label)
-        for cell, image, truth in zip(line, images, y, strict=True):
-            cell.imshow(image[0], cmap="gray_r", vmin=0, vmax=1)
-            cell.set(xticks=[], yticks=[])
-            for place, row in enumerate(models):
-                with torch.no_grad():
-                    guess = row["model"](image[None]).argmax().item()
-                text = f"{guess}" if guess == truth else f"{guess} ✗"
-                at = (place + 0.5) / len(models)
-                colour = COLOURS[row["method"]]
-                cell.text(
-                    at, -0.2, text, color=colour, ha="center", va="center", transform=cell.transAxes
-                )
-    right.suptitle(f"predictions, clean and attacked with eps {threat.eps:g}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    models = {row["method"]: row["model"] for row in rows}
+    plots.predictions(right, models, x, y, "0123456789", threat, steps=40, deltas=False)
+    right.suptitle(f"predictions, clean and attacked with eps {threat.eps:g}", fontsize="medium")
+    plots.save(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--passes", type=int, default=40, help="natural passes over the data: the cost"
-    )
-    parser.add_argument("--replays", type=int, default=8, help="the paper's m")
-    parser.add_argument("--eps", type=float, default=0.15, help="linf radius, images are in [0, 1]")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=0.1, help="peak of the OneCycle schedule")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--autoattack", action="store_true", help="AutoAttack too: minutes on a CPU"
-    )
-    parser.add_argument("--fast", action="store_true", help="8 passes, to see that it runs")
-    parser.add_argument("--json", type=Path, help="write the results there too")
-    parser.add_argument("--out", type=Path, default=Path("quickstart.png"), help="the picture")
-    args = parser.parse_args()
-    passes = 8 if args.fast else args.passes
+    options = parser(__doc__, passes=40, replays=8, eps=0.15, lr=0.1)
+    add = options.add_argument
+    add("--autoattack", action="store_true", help="AutoAttack too: minutes on a CPU")
+    add("--json", type=Path, help="write the results there too")
+    add("--plot", type=Path, default=Path("quickstart.png"), help="the picture")
+    args = options.parse_args()
+    if args.dry_run:
+        args.passes = args.replays = 2
+    passes = args.passes
 
     threat = ThreatModel(args.eps)
     torch.manual_seed(args.seed)
@@ -149,11 +112,10 @@ def main() -> None:
         settings = threat, passes, args.replays, args.lr
         return model, train(method, model, loader, *settings)
 
-    methods = list(COLOURS)
-    for method in methods:  # the first pass of a process is slow: let it not count
+    for method in METHODS:  # the first pass of a process is slow: let it not count
         next(begin(method)[1])
-    runs = {method: begin(method) for method in methods}
-    seconds = dict.fromkeys(methods, 0.0)
+    runs = {method: begin(method) for method in METHODS}
+    seconds = dict.fromkeys(METHODS, 0.0)
     turns = passes + (-passes) % args.replays
     with tqdm(total=turns, unit="pass", leave=False) as bar:
         for _ in range(turns):
@@ -187,8 +149,8 @@ def main() -> None:
         f"\ndigits, {result.count} test images, linf eps {args.eps:g}, PGD-40 with 1 random start, "
         f"free: m={args.replays}, {passes} passes, seed {args.seed}, torch {torch.__version__}"
     )
-    draw(args.out, rows, threat, test)
-    print(f"picture: {args.out}")
+    draw(args.plot, rows, threat, test)
+    print(f"picture: {args.plot}")
     if args.json:
         write(args.json, record(args, rows, result))
 

@@ -15,7 +15,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import cifar10
-from matplotlib import pyplot as plt
+import plots
 from records import write
 
 SMALL = (
@@ -126,30 +126,21 @@ def table(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """Clean accuracy and that under the first attack against the cost, a point a run."""
+    """Clean accuracy and that under the first attack against the cost, a mark a run."""
     attack, cost = attacks_of_all(runs)[0], costs(runs)
-    labels = list(dict.fromkeys(r["label"] for r in runs))
-    colours = plt.get_cmap("viridis")
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for i, label in enumerate(labels):
-        mine = [(c, r) for c, r in zip(cost, runs, strict=True) if r["label"] == label]
-        times = [c for c, _ in mine]
-        robust = [100 * a["robust"] for _, r in mine for a in r["results"] if a["name"] == attack]
-        style = {"color": colours(i / len(labels)), "marker": "osD^vPX*"[i % 8], "ls": "none"}
-        axes.plot(times[: len(robust)], robust, label=label, **style)
-        axes.plot(
-            times, [100 * r["results"][0]["clean"] for _, r in mine], fillstyle="none", **style
-        )
+    rows = [
+        {"label": r["label"], "cost": c, "clean": r["results"][0]["clean"], "robust": a["robust"]}
+        for c, r in zip(cost, runs, strict=True)
+        for a in r["results"]
+        if a["name"] == attack
+    ]
+    figure, axes = plots.plt.subplots(figsize=(7.5, 4))
+    plots.accuracy_against_cost(axes, rows, attack)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel=f"training time relative to {labels[0]}", ylabel="test accuracy (%)")
-    axes.set_title(f"filled: under {attack}, hollow: clean", fontsize=10)
-    axes.set_ylim(0)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    axes.set(xlabel=f"training time relative to {runs[0]['label']}", ylim=(0, None))
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    plots.save(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:

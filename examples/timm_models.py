@@ -18,6 +18,7 @@ from typing import Any
 
 import timm
 import torch
+from arguments import fraction
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional
@@ -210,7 +211,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--replays", type=int, default=2, help="the paper's m")
-    parser.add_argument("--eps", type=float, default=4 / 255)
+    parser.add_argument("--eps", type=fraction, default=4 / 255)
     parser.add_argument(
         "--size",
         type=int,

@@ -5,12 +5,12 @@
 Trains the network of quickstart.py with Free as the library does it, and with one detail changed at a time.
 """
 
-import argparse
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+from arguments import parser
 from quickstart import data, network
 from records import environment, write
 from torch.nn import functional
@@ -62,13 +62,13 @@ def train(seed: int, passes: int, m: int, eps: float, clamp=False, start="carry"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--passes", type=int, default=40)
-    parser.add_argument("--replays", type=int, default=8)
-    parser.add_argument("--eps", type=float, default=0.15)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the results there too")
-    args = parser.parse_args()
+    options = parser(__doc__, passes=40, replays=8, eps=0.15, lr=0.1)
+    options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--json", type=Path, help="write the results there too")
+    args = options.parse_args()
+    if args.dry_run:
+        args.passes = args.replays = 2
+        args.seeds = 1
     threat = ThreatModel(args.eps)
     _, test = data(64, 0)
     table, rows, lines = (

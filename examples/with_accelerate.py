@@ -4,12 +4,12 @@ python examples/with_accelerate.py
 accelerate launch --cpu --num_processes 2 examples/with_accelerate.py --accumulate 2
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from arguments import parser
 from digits import network, test_set, train_set
 from torch import nn
 from torch.utils.data import DataLoader, Subset
@@ -18,29 +18,22 @@ from free_adv import FreeAdversarial, evaluate  # free-adv
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--precision", default="no", choices=["no", "fp16", "bf16"])
-    parser.add_argument("--cpu", action="store_true", help="the CPU even if there is a GPU")
-    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per update")
-    parser.add_argument("--checkpoint", type=Path, help="save the state here after each epoch")
-    parser.add_argument("--resume", type=Path, help="go on from this state")
-    parser.add_argument("--epochs", type=int, default=40, help="natural epochs: the cost")
-    parser.add_argument("--replays", type=int, default=8, help="the paper's m")
-    parser.add_argument("--eps", type=float, default=0.15, help="linf radius, images are in [0, 1]")
-    parser.add_argument("--batch-size", type=int, default=64, help="of all processes together")
-    parser.add_argument("--lr", type=float, default=0.1, help="peak of the OneCycle schedule")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dry-run", action="store_true", help="few updates, to see that it runs")
-    args = parser.parse_args()
+    options = parser(__doc__, passes=40, replays=8, eps=0.15, lr=0.1)
+    options.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none")
+    options.add_argument("--cpu", action="store_true", help="the CPU even if there is a GPU")
+    options.add_argument("--accumulate", type=int, default=1, help="micro-batches per update")
+    options.add_argument("--checkpoint", type=Path, help="save the state here after each epoch")
+    options.add_argument("--resume", type=Path, help="go on from this state")
+    args = options.parse_args()
 
     train, test = train_set(), test_set()
     if args.dry_run:
-        args.epochs, args.replays, args.batch_size = 4, 2, 4
+        args.passes, args.replays, args.batch_size = 4, 2, 4
         train, test = (Subset(data, range(12)) for data in (train, test))
     set_seed(args.seed)
     accelerator = Accelerator(
         cpu=args.cpu,
-        mixed_precision=args.precision,
+        mixed_precision="no" if args.amp == "none" else args.amp,
         gradient_accumulation_steps=args.accumulate,
     )
     micro = args.batch_size // accelerator.num_processes // args.accumulate or 1
@@ -53,7 +46,7 @@ def main() -> None:
     free = FreeAdversarial(
         eps=args.eps, replays=args.replays, accumulate=args.accumulate
     )  # free-adv
-    epochs, loader = free.epochs(args.epochs), free.replay(loader)  # free-adv: after prepare
+    epochs, loader = free.epochs(args.passes), free.replay(loader)  # free-adv: after prepare
     accelerator.register_for_checkpointing(free)  # free-adv: for save_state and load_state
 
     # Once for each replay and process: Accelerate skips the replays that do not update.

@@ -1,11 +1,10 @@
 """Free adversarial training in mixed precision, with gradient clipping: plain PyTorch, on handwritten digits.
 
-python examples/with_amp.py --precision fp16
+python examples/with_amp.py --amp fp16
 """
 
-import argparse
-
 import torch
+from arguments import parser
 from digits import network, test_set, train_set
 from torch import nn
 from torch.utils.data import DataLoader, Subset
@@ -16,25 +15,18 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--precision", choices=DTYPES, default="bf16")
-    parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    parser.add_argument("--epochs", type=int, default=40, help="natural epochs: the cost")
-    parser.add_argument("--replays", type=int, default=8, help="the paper's m")
-    parser.add_argument("--eps", type=float, default=0.15, help="linf radius, images are in [0, 1]")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=0.1, help="peak of the OneCycle schedule")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dry-run", action="store_true", help="two updates, to see that it runs")
-    args = parser.parse_args()
+    options = parser(__doc__, passes=40, replays=8, eps=0.15, lr=0.1)
+    options.add_argument("--amp", choices=DTYPES, default="bf16")
+    options.add_argument("--max-grad-norm", type=float, default=1.0)
+    args = options.parse_args()
 
     train, test = train_set(), test_set()
     if args.dry_run:
-        args.epochs = args.replays = 2
+        args.passes = args.replays = 2
         train, test = (Subset(data, range(16)) for data in (train, test))
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = DTYPES[args.precision]
+    dtype = DTYPES[args.amp]
     loader = DataLoader(train, args.batch_size, shuffle=True, pin_memory=device.type == "cuda")
 
     model = network().to(device)
@@ -46,10 +38,10 @@ def main() -> None:
         eps=args.eps,
         replays=args.replays,
         scaler=scaler,
-        max_grad_norm=args.clip,
+        max_grad_norm=args.max_grad_norm,
         device=device,
     )
-    epochs, batches = free.epochs(args.epochs), free.replay(loader)  # free-adv
+    epochs, batches = free.epochs(args.passes), free.replay(loader)  # free-adv
     updates = epochs * len(batches)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=updates)
 
@@ -61,7 +53,7 @@ def main() -> None:
             schedule.step()
 
     result = evaluate(model, DataLoader(test, len(test)), free.threat, steps=40)
-    print(f"{args.precision}, {updates} updates: {result}")
+    print(f"{args.amp}, {updates} updates: {result}")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@
 Each rank perturbs its own share of the batch; nothing but the gradients of the weights is exchanged.
 """
 
-import argparse
 import os
 
 import torch
+from arguments import parser
 from digits import network, test_set, train_set
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -18,15 +18,8 @@ from free_adv import FreeAdversarial, evaluate  # free-adv
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--epochs", type=int, default=40, help="natural epochs: the cost")
-    parser.add_argument("--replays", type=int, default=8, help="the paper's m")
-    parser.add_argument("--eps", type=float, default=0.15, help="linf radius, images are in [0, 1]")
-    parser.add_argument("--batch-size", type=int, default=64, help="of all ranks together")
-    parser.add_argument("--lr", type=float, default=0.1, help="peak of the OneCycle schedule")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dry-run", action="store_true", help="two updates, to see that it runs")
-    args = parser.parse_args()
+    options = parser(__doc__, passes=40, replays=8, eps=0.15, lr=0.1)
+    args = options.parse_args()
 
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -37,7 +30,7 @@ def main() -> None:
 
     train, test = train_set(), test_set()
     if args.dry_run:
-        args.epochs = args.replays = 2
+        args.passes = args.replays = 2
         train, test = (Subset(data, range(16)) for data in (train, test))
     sampler = DistributedSampler(train, seed=args.seed)
     loader = DataLoader(train, args.batch_size // ranks, sampler=sampler)
@@ -47,7 +40,7 @@ def main() -> None:
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     free = FreeAdversarial(optimizer, eps=args.eps, replays=args.replays, device=device)  # free-adv
-    epochs, batches = free.epochs(args.epochs), free.replay(loader)  # free-adv
+    epochs, batches = free.epochs(args.passes), free.replay(loader)  # free-adv
     updates = epochs * len(batches)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=updates)
 

@@ -1,20 +1,21 @@
 """Free adversarial training with Lightning's automatic optimisation, on handwritten digits.
 
     python examples/with_lightning.py
-    python examples/with_lightning.py --devices 2 --precision bf16-mixed --accumulate 2
+    python examples/with_lightning.py --devices 2 --amp bf16 --accumulate 2
 
 The module knows nothing of it: only the loader is wrapped.
 """
 
-import argparse
-
 import lightning
 import torch
+from arguments import parser
 from digits import network, test_set, train_set
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from free_adv import FreeAdversarial, evaluate  # free-adv
+
+PRECISION = {"none": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 class Digits(lightning.LightningModule):
@@ -38,34 +39,27 @@ class Digits(lightning.LightningModule):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--accelerator", default="auto")
-    parser.add_argument("--precision", default="32-true", help="16-mixed, bf16-mixed, ...")
-    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per update")
-    parser.add_argument("--epochs", type=int, default=40, help="natural epochs: the cost")
-    parser.add_argument("--replays", type=int, default=8, help="the paper's m")
-    parser.add_argument("--eps", type=float, default=0.15, help="linf radius, images are in [0, 1]")
-    parser.add_argument("--batch-size", type=int, default=64, help="of all devices together")
-    parser.add_argument("--lr", type=float, default=0.1, help="peak of the OneCycle schedule")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dry-run", action="store_true", help="few updates, to see that it runs")
-    args = parser.parse_args()
+    options = parser(__doc__, passes=40, replays=8, eps=0.15, lr=0.1)
+    options.add_argument("--devices", type=int, default=1)
+    options.add_argument("--accelerator", default="auto")
+    options.add_argument("--amp", choices=PRECISION, default="none")
+    options.add_argument("--accumulate", type=int, default=1, help="micro-batches per update")
+    args = options.parse_args()
 
     train, test = train_set(), test_set()
     if args.dry_run:
-        args.epochs = args.replays = args.batch_size = 2
+        args.passes = args.replays = args.batch_size = 2
         train, test = (Subset(data, range(8)) for data in (train, test))
     lightning.seed_everything(args.seed, verbose=False)
     free = FreeAdversarial(
         eps=args.eps, replays=args.replays, accumulate=args.accumulate
     )  # free-adv
     trainer = lightning.Trainer(
-        max_epochs=free.epochs(args.epochs),  # free-adv
+        max_epochs=free.epochs(args.passes),  # free-adv
         accelerator=args.accelerator,
         devices=args.devices,
         strategy="ddp" if args.devices > 1 else "auto",
-        precision=args.precision,
+        precision=PRECISION[args.amp],
         accumulate_grad_batches=args.accumulate,
         logger=False,
         enable_checkpointing=False,

@@ -6,13 +6,13 @@ From which package of Python's standard library do 32 words come? Text has no co
 is added to the output of the embedding layer, `at=`, with an l2 radius in the units of the embeddings.
 """
 
-import argparse
 import importlib.util
 import re
 from collections import Counter
 from pathlib import Path
 
 import torch
+from arguments import parser
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from transformers import BertConfig, BertForSequenceClassification
@@ -84,22 +84,15 @@ def report(name: str, model: nn.Module, test: DataLoader, threat: ThreatModel) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--epochs", type=int, default=12, help="natural epochs: the cost")
-    parser.add_argument("--replays", type=int, default=3, help="the paper's m")
-    parser.add_argument("--eps", type=float, default=0.3, help="l2 radius of a text's embeddings")
-    parser.add_argument("--step-size", type=float, default=0.1, help="of delta")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak of the OneCycle schedule")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dry-run", action="store_true", help="few updates, to see that it runs")
-    args = parser.parse_args()
+    options = parser(__doc__, passes=12, replays=3, eps=0.3, lr=2e-3)
+    options.add_argument("--step-size", type=float, default=0.1, help="of delta")
+    args = options.parse_args()
 
     train, test = texts()
     generator = torch.Generator().manual_seed(0)
     test = Subset(test, torch.randperm(len(test), generator=generator)[:1000].tolist())
     if args.dry_run:
-        args.epochs = args.replays
+        args.passes = args.replays
         train, test = (Subset(data, range(16)) for data in (train, test))
     for method in ("natural", "free"):
         torch.manual_seed(args.seed)
@@ -114,7 +107,7 @@ def main() -> None:
             replays=args.replays if method == "free" else 1,
             at=model.get_input_embeddings(),
         )
-        epochs, batches = args.epochs, loader
+        epochs, batches = args.passes, loader
         if method == "free":
             epochs, batches = free.epochs(epochs), free.replay(loader)  # free-adv
         updates = epochs * len(batches)

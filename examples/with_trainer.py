@@ -4,10 +4,10 @@ python examples/with_trainer.py
 python examples/with_trainer.py --accumulate 2
 """
 
-import argparse
 import tempfile
 
 import torch
+from arguments import parser
 from digits import test_set, train_set
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -42,21 +42,14 @@ class Logits(nn.Module):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
-    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per update")
-    parser.add_argument("--epochs", type=int, default=40, help="natural epochs: the cost")
-    parser.add_argument("--replays", type=int, default=4, help="the paper's m")
-    parser.add_argument("--eps", type=float, default=0.1, help="linf radius, images are in [0, 1]")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak of the cosine schedule")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dry-run", action="store_true", help="few updates, to see that it runs")
-    args = parser.parse_args()
+    options = parser(__doc__, passes=40, replays=4, eps=0.1, lr=2e-3)
+    options.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none")
+    options.add_argument("--accumulate", type=int, default=1, help="micro-batches per update")
+    args = options.parse_args()
 
     train, test = train_set(), test_set()
     if args.dry_run:
-        args.epochs, args.replays, args.batch_size = 2, 2, 8
+        args.passes, args.replays, args.batch_size = 2, 2, 8
         train, test = (Subset(data, range(12)) for data in (train, test))
     torch.manual_seed(args.seed)
     config = ViTConfig(
@@ -76,14 +69,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             output_dir=folder,
-            num_train_epochs=free.epochs(args.epochs),  # free-adv
+            num_train_epochs=free.epochs(args.passes),  # free-adv
             per_device_train_batch_size=args.batch_size // args.accumulate,
             gradient_accumulation_steps=args.accumulate,
             learning_rate=args.lr,
             lr_scheduler_type="cosine",
             weight_decay=0.05,
-            bf16=args.precision == "bf16",
-            fp16=args.precision == "fp16",
+            bf16=args.amp == "bf16",
+            fp16=args.amp == "fp16",
             seed=args.seed,
             use_cpu=not torch.cuda.is_available(),
             save_strategy="no",

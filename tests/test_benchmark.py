@@ -20,7 +20,7 @@ def run(monkeypatch, tmp_path, capsys):
     main = importlib.import_module("benchmark").main
 
     def run(*arguments):
-        out = ["--device", "cpu", "--out", str(tmp_path / "new" / "out.json")]
+        out = ["--device", "cpu", "--json", str(tmp_path / "new" / "out.json")]
         monkeypatch.setattr(sys, "argv", ["benchmark.py", *out, *map(str, arguments)])
         main()
         return json.loads((tmp_path / "new" / "out.json").read_text()), capsys.readouterr().out
@@ -32,7 +32,7 @@ SMALL = "--models", "cnn-8:32", "--batch-size", 4, "--replays", 2, "--rounds", 2
 
 
 def test_every_method_has_a_row_with_its_times_and_their_ratios(run, tmp_path):
-    record, out = run(*SMALL, "--dtype", "fp32", "bf16", "--plot", tmp_path / "new" / "plot.png")
+    record, out = run(*SMALL, "--amp", "none", "bf16", "--plot", tmp_path / "new" / "plot.png")
     rows = record["rows"]
     assert [(row["dtype"], row["method"]) for row in rows] == [
         (dtype, method) for dtype in ("fp32", "bf16") for method in ALL
@@ -62,7 +62,7 @@ def test_every_method_has_a_row_with_its_times_and_their_ratios(run, tmp_path):
 
 
 def test_some_methods_compare_with_natural_in_fp16_and_channels_last(run):
-    record, _ = run(*SMALL, "--methods", "free", "--dtype", "fp16", "--channels-last")
+    record, _ = run(*SMALL, "--methods", "free", "--amp", "fp16", "--channels-last")
     assert [row["method"] for row in record["rows"]] == ["natural", "free"]
 
 

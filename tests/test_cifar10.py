@@ -288,8 +288,10 @@ def test_a_study_makes_its_table_from_runs_that_it_keeps(study, data, tmp_path, 
     begun = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
     study.main(["finetune", *made, "--seeds", "2", "--", *more])  # all of it is there
     assert begun == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
-    with pytest.raises(SystemExit, match=r"natural-0 has eps 8.0, not 16.0: take another --out"):
-        study.main(["finetune", *made, "--seeds", "2", "--", *more, "--eps", "16"])
+    with pytest.raises(
+        SystemExit, match=r"natural-0 has eps 0\.031\d*, not 0\.062\d*: take another"
+    ):
+        study.main(["finetune", *made, "--seeds", "2", "--", *more, "--eps", "16/255"])
 
     start, tuned = (
         torch.load(tmp_path / "runs" / name / "last.pt", weights_only=True)["identity"]["init"]

@@ -26,7 +26,7 @@ def table(out):
 
 
 def test_the_quick_start_trains_prints_its_table_and_draws_its_picture(tmp_path):
-    result = run("quickstart.py", "--fast", "--out", tmp_path / "new" / "picture.png")
+    result = run("quickstart.py", "--passes", 8, "--plot", tmp_path / "new" / "picture.png")
     rows = table(result.stdout)
     assert list(rows) == ["natural", "free", "pgd-7"]
     assert rows["free"][1] > rows["natural"][1] + 0.2
@@ -35,14 +35,14 @@ def test_the_quick_start_trains_prints_its_table_and_draws_its_picture(tmp_path)
 
 
 def test_the_variants_run(tmp_path):
-    out = run("variants.py", "--passes", 2, "--replays", 2, "--seeds", 1).stdout
+    out = run("variants.py", "--dry-run").stdout
     assert len(re.findall(r"\d+\.\d ± ", out)) == 5
 
 
 RESULT = r"clean +[\d.]+%  robust +[\d.]+%"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 DRY_RUNS = [
-    (r"fp16, 2 updates", "with_amp.py", "--precision", "fp16"),
+    (r"fp16, 2 updates", "with_amp.py", "--amp", "fp16"),
     (r"bf16, 2 updates", "with_amp.py"),
     (r"1 devices, 8 updates", "with_lightning.py", "--accelerator", "cpu", "--accumulate", "2"),
     (r"2 devices, 8 updates", "with_lightning.py", "--accelerator", "cpu", "--devices", "2"),
@@ -101,7 +101,7 @@ def test_a_host_script_has_at_most_three_lines_of_ours_beyond_the_import(script)
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_free_training_makes_the_digits_network_robust(seed, tmp_path):
-    out = run("quickstart.py", "--seed", seed, "--out", tmp_path / "picture.png").stdout
+    out = run("quickstart.py", "--seed", seed, "--plot", tmp_path / "picture.png").stdout
     clean, robust = table(out)["free"]
     assert clean >= 0.975
     assert robust >= 0.78

@@ -1,6 +1,6 @@
 """The ImageNet job goes on after a kill as if nothing had been, alone or on two ranks, from folders and from shards."""
 
-import importlib.util
+import importlib
 import io
 import itertools
 import json
@@ -14,6 +14,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+import images
 import numpy
 import psutil
 import pytest
@@ -23,9 +24,6 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "imagenet.py"
-spec = importlib.util.spec_from_file_location("images", SCRIPT.with_name("images.py"))
-images = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(images)
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
 # 24 updates, and a checkpoint after the second replay of the third batch.
 COMMON = (

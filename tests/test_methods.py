@@ -2,20 +2,14 @@
 
 import contextlib
 import copy
-import importlib.util
-from pathlib import Path
 
+import methods
 import pytest
 import torch
 from torch.nn import functional
 
 from free_adv import FreeAdversarial, ThreatModel, pgd
 from tests.reference import batches, free_training, network
-
-SCRIPT = Path(__file__).parents[1] / "examples" / "methods.py"
-spec = importlib.util.spec_from_file_location("methods", SCRIPT)
-methods = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(methods)
 
 EPS, M = 0.1, 3
 THREAT = ThreatModel(EPS)

@@ -1,15 +1,8 @@
 """The networks and the augmentation that the CIFAR examples share."""
 
-import importlib.util
-from pathlib import Path
-
+import nets
 import pytest
 import torch
-
-SCRIPT = Path(__file__).parents[1] / "examples" / "nets.py"
-spec = importlib.util.spec_from_file_location("nets", SCRIPT)
-nets = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(nets)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
 """Models of timm: every family, every mode, NaFlex batches, and timm's own mean and std."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import timm
+import timm_models
 import torch
 from timm.data import resolve_model_data_config
 from timm.data.naflex_dataset import NaFlexCollator, Patchify
@@ -16,9 +16,6 @@ from torch.nn import functional
 from free_adv import FreeAdversarial
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "timm_models.py"
-spec = importlib.util.spec_from_file_location("timm_models", SCRIPT)
-timm_models = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(timm_models)
 
 SMALL = [
     "test_resnet",

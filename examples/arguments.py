@@ -1,0 +1,28 @@
+"""The arguments that mean the same in all examples."""
+
+import argparse
+from fractions import Fraction
+
+
+def fraction(text: str) -> float:
+    """A number, or one over another: `0.15`, `8/255`."""
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"a number such as 0.03 or 8/255, got {text}") from None
+
+
+def parser(
+    doc: str, *, passes: int, replays: int, eps: float, lr: float, batch_size: int = 64
+) -> argparse.ArgumentParser:
+    """A parser with these defaults; a script adds what only it has."""
+    made = argparse.ArgumentParser(description=doc.split("\n")[0])
+    add = made.add_argument
+    add("--passes", type=int, default=passes, help="natural passes over the data: the cost")
+    add("--replays", type=int, default=replays, help="the paper's m")
+    add("--eps", type=fraction, default=eps, help="radius, in the units of the input")
+    add("--batch-size", type=int, default=batch_size, help="of an update, all ranks together")
+    add("--lr", type=float, default=lr, help="peak of the schedule")
+    add("--seed", type=int, default=0)
+    add("--dry-run", action="store_true", help="a few updates, to see that it runs")
+    return made
