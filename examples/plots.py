@@ -96,6 +96,7 @@ def curves(axes: Axes, runs: Sequence[dict[str, Any]], key: str, colour: str | N
 def show(cell: Axes, image: Tensor, title: str = "", colour: str = BLACK) -> None:
     """One image of shape (1 or 3, H, W) in [0, 1]."""
     grey = {"cmap": "gray_r", "vmin": 0, "vmax": 1} if len(image) == 1 else {}
+    image = image.clamp(0, 1)  # a sum may be beyond by a rounding
     cell.imshow(image[0] if grey else image.permute(1, 2, 0), **grey)
     cell.set(xticks=[], yticks=[])
     cell.set_title(title, color=colour, fontsize="small", pad=3)
@@ -164,7 +165,7 @@ def input_gradients(
         scale = gradient.flatten(1).std(1).reshape(-1, 1, 1, 1)
         gradient = gradient / (3 * scale)
         line[0].set_ylabel(name, fontsize="small")
-        for cell, image in zip(line, (0.5 + gradient / 2).clamp(0, 1), strict=True):
+        for cell, image in zip(line, 0.5 + gradient / 2, strict=True):
             show(cell, image)
 
 

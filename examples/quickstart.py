@@ -77,7 +77,7 @@ def train(
 
 def draw(path: Path, rows: list[dict], threat: ThreatModel, loader: DataLoader) -> None:
     """Accuracy against training time; digits, each attacked for every model, with its predictions."""
-    figure = plots.plt.figure(figsize=(11, 4.4))
+    figure = plots.plt.figure(figsize=(10, 4.4))
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.5))
     axes = left.subplots()
     points = [row | {"label": row["method"], "cost": row["seconds"]} for row in rows]
