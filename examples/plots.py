@@ -97,7 +97,7 @@ def show(cell: Axes, image: Tensor, title: str = "", colour: str = BLACK) -> Non
     """One image of shape (1 or 3, H, W) in [0, 1]."""
     grey = {"cmap": "gray_r", "vmin": 0, "vmax": 1} if len(image) == 1 else {}
     image = image.clamp(0, 1)  # a sum may be beyond by a rounding
-    cell.imshow(image[0] if grey else image.permute(1, 2, 0), **grey)
+    cell.imshow((image[0] if grey else image.permute(1, 2, 0)).numpy(), **grey)
     cell.set(xticks=[], yticks=[])
     cell.set_title(title, color=colour, fontsize="small", pad=3)
     cell.grid(visible=False)

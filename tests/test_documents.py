@@ -1,62 +1,264 @@
 """Every snippet that a reader can copy runs, and the texts hold to what they promise."""
 
 import ast
+import functools
+import inspect
 import json
 import re
 import textwrap
 from pathlib import Path
 
+import accelerate
+import lightning
 import pytest
+import timm
 import torch
+import transformers
+import tutorial
+from PIL import Image
+from timm.data import create_dataset
+from torch import distributed
+
+from free_adv import FreeAdversarial
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [str(p.relative_to(ROOT)) for p in FILES if "_build" not in p.parts]
+GUIDE = [page for page in PAGES if page.startswith("docs/guide/")]
 
 
 def blocks(page, language):
     text = (ROOT / page).read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```$", text, re.M | re.S)
+    return [textwrap.dedent(block) for _, block in found]
+
+
+class Images(torch.utils.data.Dataset):
+    """Sixteen random images of ten classes; for the Trainer as it likes them."""
+
+    def __init__(self, names=None):
+        self.names = names
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        x, y = torch.rand(3, 8, 8), index % 10
+        return dict(zip(self.names, (x, y), strict=True)) if self.names else (x, y)
 
 
 def reader():
     """What somebody with a training script has before the first line of a snippet."""
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
     return {
+        "FreeAdversarial": FreeAdversarial,
+        "torch": torch,
+        "device": torch.device("cpu"),
+        "epochs": 8,
         "model": model,
         "optimizer": torch.optim.SGD(model.parameters(), 0.1),
         "criterion": torch.nn.CrossEntropyLoss(),
-        "loader": [(torch.rand(4, 3, 8, 8), torch.arange(4))],
+        "loader": [(torch.rand(4, 3, 8, 8), torch.arange(4)) for _ in range(2)],
     }
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_the_python_of_a_page_runs_from_top_to_bottom(page, capsys):
-    namespace = reader()
+# What a page's host brings along, beside that.
+
+
+def of_timm(names, folder):
+    for label in range(2):
+        (folder / str(label)).mkdir()
+        for i in range(4):
+            image = torch.randint(256, (40, 40, 3), dtype=torch.uint8)
+            Image.fromarray(image.numpy()).save(folder / str(label) / f"{i}.jpg")
+    names["timm"], names["model"] = timm, timm.create_model("test_resnet", num_classes=2)
+    names["optimizer"] = torch.optim.SGD(names["model"].parameters(), 0.1)
+    names["dataset"] = create_dataset("", root=str(folder))
+    names["settings"] = {
+        "input_size": (3, 32, 32),
+        "batch_size": 4,
+        "is_training": True,
+        "use_prefetcher": False,
+        "num_workers": 0,
+    }
+
+
+def of_lightning(names, folder):
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = names["model"]
+
+        def training_step(self, batch, index):
+            return names["criterion"](self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return names["optimizer"]
+
+    quiet = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    names["Trainer"] = functools.partial(lightning.Trainer, accelerator="cpu", **quiet)
+    names["module"] = Module()
+    names["loader"] = torch.utils.data.DataLoader(Images(), 8)
+
+
+def of_accelerate(names, folder):
+    names["accelerator"], names["accumulation"] = accelerate.Accelerator(cpu=True), 1
+    names["loader"] = torch.utils.data.DataLoader(Images(), 8)
+
+
+def loop_of_accelerate(names):
+    for x, y in names["loader"]:
+        names["accelerator"].backward(names["criterion"](names["model"](x), y))
+        names["optimizer"].step()
+        names["optimizer"].zero_grad()
+
+
+def of_the_trainer(names, folder):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = names["model"]
+
+        def forward(self, pixel_values, labels):
+            logits = self.inner(pixel_values)
+            return {"loss": names["criterion"](logits, labels), "logits": logits}
+
+    settings = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+    names["TrainingArguments"] = functools.partial(
+        transformers.TrainingArguments, **settings, dataloader_pin_memory=False, logging_steps=1000
+    )
+    names["Trainer"], names["output_dir"] = transformers.Trainer, str(folder)
+    names["accumulation"], names["data"] = 1, Images(("pixel_values", "labels"))
+    names["weights"], names["model"] = names["model"], Model()
+
+
+def of_ranks(names, folder):
+    store = torch.distributed.HashStore()
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    names["DistributedDataParallel"] = torch.nn.parallel.DistributedDataParallel
+    names["sampler"] = torch.utils.data.DistributedSampler(Images())
+    names["loader"] = torch.utils.data.DataLoader(Images(), 8, sampler=names["sampler"])
+
+
+def of_text(names, folder):
+    config = transformers.BertConfig(
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_labels=3,
+    )
+    names["model"] = transformers.BertForSequenceClassification(config)
+    names["optimizer"] = torch.optim.AdamW(names["model"].parameters())
+    names["loader"] = [(torch.randint(20, (4, 5)), torch.arange(4) % 3) for _ in range(2)]
+
+
+def of_reliability(names, folder):
+    of_ranks(names, folder)
+    names |= {"rank": 0, "folder": str(folder / "checkpoint")} | {
+        key: value for key, value in reader().items() if key == "loader"
+    }
+
+
+SETTINGS = {
+    "docs/guide/timm.md": of_timm,
+    "docs/guide/lightning.md": of_lightning,
+    "docs/guide/accelerate.md": of_accelerate,
+    "docs/guide/trainer.md": of_the_trainer,
+    "docs/guide/distributed.md": of_ranks,
+    "docs/guide/text.md": of_text,
+    "docs/reliability.md": of_reliability,
+}
+# Excerpts from the middle of a script; tests/test_timm_script.py runs the script.
+EXCERPTS = [("docs/guide/timm.md", 1)]
+
+
+@pytest.fixture
+def names_for(tmp_path, monkeypatch):
+    """A reader's names for a page, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def names_for(page):
+        names = reader()
+        SETTINGS.get(page, lambda *_: None)(names, tmp_path)
+        return names
+
+    yield names_for
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if p != "docs/tutorial.md" and blocks(p, "python")]
+)
+def test_the_python_of_a_page_runs_from_top_to_bottom(page, names_for, capsys):
+    names = names_for(page)
     for block in blocks(page, "python"):
-        exec(block, namespace)
+        exec(block, names)
+
+
+def test_the_tutorial_runs_and_its_outputs_and_pictures_are_those_of_its_code(tmp_path, capsys):
+    names = tutorial.run()
+    printed = re.findall(r"clean +([\d.]+)%  robust +([\d.]+)%", capsys.readouterr().out)
+    text = "\n".join(blocks("docs/tutorial.md", "text"))
+    shown = re.findall(r"clean +([\d.]+)%  robust +([\d.]+)%", text)
+    assert len(printed) == len(shown) == 2
+    for mine, theirs in zip(printed, shown, strict=True):
+        for value, other in zip(mine, theirs, strict=True):
+            assert abs(float(value) - float(other)) < 6  # another machine, another rounding
+    assert float(printed[1][1]) > float(printed[0][1]) + 35
+    tutorial.draw(names, tmp_path)
+    page = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
+    pictures = set(re.findall(r"\(tutorial/(\w+\.png)\)", page))
+    assert {p.name for p in tmp_path.iterdir()} == pictures
+    assert {p.name for p in (ROOT / "docs/tutorial").iterdir()} == pictures
+
+
+def test_the_two_loops_of_the_tutorial_differ_by_its_diff():
+    plain, free = (blocks("docs/tutorial.md", "python")[i] for i in (0, 2))
+    (diff,) = blocks("docs/tutorial.md", "diff")
+    for code, side in ((plain, "-"), (free, "+")):
+        lines = [line[1:] for line in diff.splitlines() if line[:1] in (side, " ")]
+        body = "\n".join(lines).split("def train(model, epochs):\n")[1]
+        assert body in code
 
 
 def test_the_readme_has_python_to_run():
     assert len(blocks("README.md", "python")) == 3
 
 
+def run(diff, side, names):
+    """Run one side of a diff; whether a weight has moved."""
+    model = names.get("weights", names["model"])
+    before = [p.detach().clone() for p in model.parameters()]
+    lines = [line[1:] for line in diff.splitlines() if line[:1] in (side, " ")]
+    exec("\n".join(lines), names)
+    if "accelerator" in names:
+        loop_of_accelerate(names)
+    return any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
 def test_the_loops_that_the_diffs_of_the_readme_end_with_train():
     diffs = blocks("README.md", "diff")
     assert len(diffs) == 2
     for diff in diffs:
-        namespace = reader()
-        before = namespace["model"][1].weight.detach().clone()
-        lines = [line[1:] for line in diff.splitlines() if line[:1] != "-"]
-        exec("from free_adv import FreeAdversarial\n" + "\n".join(lines), namespace)
-        assert not torch.equal(namespace["model"][1].weight, before)
+        assert run(diff, "+", reader())
         added = [line for line in diff.splitlines() if line[:1] == "+" and "import" not in line]
         assert len(added) <= 4
 
 
-@pytest.mark.parametrize(
-    "diff", blocks("docs/guide.md", "diff"), ids=range(len(blocks("docs/guide.md", "diff")))
-)
-def test_a_host_needs_at_most_three_new_lines(diff):
+DIFFS = [
+    pytest.param(page, i, diff, id=f"{Path(page).stem}-{i}")
+    for page in GUIDE
+    for i, diff in enumerate(blocks(page, "diff"))
+]
+
+
+@pytest.mark.parametrize(("page", "i", "diff"), DIFFS)
+def test_a_host_needs_at_most_three_new_lines(page, i, diff):
     lines = diff.splitlines()
     for side in "-+":
         code = "\n".join(line[1:] for line in lines if line[:1] in (side, " "))
@@ -65,18 +267,18 @@ def test_a_host_needs_at_most_three_new_lines(diff):
     assert 1 <= len(added) <= 3
 
 
-@pytest.mark.parametrize("section", ["Plain PyTorch", "Mixed precision", "Gradient accumulation"])
+@pytest.mark.parametrize(
+    ("page", "i", "diff"), [p for p in DIFFS if (p.values[0], p.values[1]) not in EXCERPTS]
+)
 @pytest.mark.parametrize("side", ["-", "+"])
-def test_the_loops_of_the_guide_train_before_and_after_the_change(section, side):
-    text = (ROOT / "docs/guide.md").read_text(encoding="utf-8").split(f"## {section}")[1]
-    diff = re.search(r"^```diff\n(.*?)^```", text, re.M | re.S)[1]
-    namespace = reader() | {"torch": torch, "device": torch.device("cpu"), "epochs": 8}
-    namespace["loader"] *= 2
-    before = namespace["model"][1].weight.detach().clone()
-    lines = [line[1:] for line in diff.splitlines() if line[:1] in (side, " ")]
-    exec("from free_adv import FreeAdversarial\n" + "\n".join(lines), namespace)
-    assert not torch.equal(namespace["model"][1].weight, before)
-    assert ("free" in namespace) == (side == "+")
+@pytest.mark.filterwarnings("ignore::UserWarning:lightning")  # few workers, short epochs
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")
+def test_the_loops_of_the_guide_train_before_and_after_the_change(
+    page, i, diff, side, names_for, capsys
+):
+    names = names_for(page)
+    assert run(diff, side, names)
+    assert ("free" in names) == (side == "+")
 
 
 def test_each_command_of_the_readme_is_one_line_from_install_to_run():
@@ -85,18 +287,31 @@ def test_each_command_of_the_readme_is_one_line_from_install_to_run():
     assert all(c.startswith("pip install") and c.count("\n") == 1 for c in commands)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_the_files_that_a_page_links_to_exist(page):
+def anchors(file):
+    """The fragments of a page's headings, as the code host and MyST make them."""
+    titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.M)
+    return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
+@pytest.mark.parametrize("page", [*PAGES, "examples/README.md"])
+def test_the_files_and_headings_that_a_page_links_to_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    for link in re.findall(r"\]\((?!https?://|#)([^)]+)\)", text):
-        assert ((ROOT / page).parent / link.partition("#")[0]).exists(), link
+    for link in re.findall(r"\]\((?!https?://)([^)]+)\)", text):
+        name, _, anchor = link.partition("#")
+        file = (ROOT / page).parent / name if name else ROOT / page
+        assert file.exists(), link
+        assert not anchor or anchor in anchors(file), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_script_that_a_page_names_exists(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    places = [ROOT / "examples", ROOT / "tests", ROOT]
+    for name in re.findall(r"`(?:python )?((?:examples/|tests/)?\w+\.py)\b", text):
+        assert any((place / name).exists() for place in places) or name == "train.py", name
 
 
 def test_every_argument_is_in_the_table_of_the_readme():
-    import inspect
-
-    from free_adv import FreeAdversarial
-
     rows = "\n".join(re.findall(r"^\| `.*", (ROOT / "README.md").read_text(encoding="utf-8"), re.M))
     for name in inspect.signature(FreeAdversarial).parameters:
         assert f"`{name}`" in rows, name
@@ -121,12 +336,13 @@ def first_environment(record):
     return record["environment"] if "environment" in record else record["runs"][0]["environment"]
 
 
-def test_every_committed_result_is_in_a_page():
+def test_every_committed_result_and_picture_is_in_a_page():
     pages = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
-    for file in (ROOT / "docs" / "benchmarks").glob("*"):
-        assert f"benchmarks/{file.name}" in pages
-        if file.suffix == ".json":
-            assert not re.search(r"/(tmp|home|root|work|data)/", file.read_text(encoding="utf-8"))
+    for folder in ("benchmarks", "pictures", "tutorial"):
+        for file in (ROOT / "docs" / folder).glob("*"):
+            assert f"{folder}/{file.name}" in pages
+            if file.suffix == ".json":
+                assert not re.search(r"/(tmp|home|root|work|data)/", file.read_text("utf-8"))
 
 
 def test_the_ranges_over_seeds_in_the_readme_are_those_of_the_files():

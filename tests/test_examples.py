@@ -25,20 +25,6 @@ def table(out):
     return {name: (float(clean) / 100, float(robust) / 100) for name, clean, robust in rows}
 
 
-def test_the_quick_start_trains_prints_its_table_and_draws_its_picture(tmp_path):
-    result = run("quickstart.py", "--passes", 8, "--plot", tmp_path / "new" / "picture.png")
-    rows = table(result.stdout)
-    assert list(rows) == ["natural", "free", "pgd-7"]
-    assert rows["free"][1] > rows["natural"][1] + 0.2
-    assert (tmp_path / "new/picture.png").read_bytes().startswith(b"\x89PNG")
-    assert "train free" in result.stderr  # the progress bar
-
-
-def test_the_variants_run(tmp_path):
-    out = run("variants.py", "--dry-run").stdout
-    assert len(re.findall(r"\d+\.\d ± ", out)) == 5
-
-
 RESULT = r"clean +[\d.]+%  robust +[\d.]+%"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 DRY_RUNS = [
@@ -56,28 +42,43 @@ DRY_RUNS = [
 
 
 @pytest.fixture(scope="module")
-def dry_runs():
-    """All of them, two at a time: most of their time goes by in imports."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+def started(tmp_path_factory):
+    """The scripts of this file by their commands, two at a time: most of their time goes by in imports."""
+    picture = tmp_path_factory.mktemp("out") / "new" / "picture.png"
+    quick = ["quickstart.py", "--passes", "8", "--plot", str(picture)]
+    commands = [quick, ["variants.py", "--dry-run"]]
+    commands += [[*command, "--dry-run"] for _, *command in DRY_RUNS]
 
     def start(command):
-        command = [sys.executable, *command, "--dry-run"]
-        return subprocess.run(
-            command, capture_output=True, text=True, cwd=EXAMPLES, env=environment
-        )
+        settings = {"capture_output": True, "text": True, "cwd": EXAMPLES}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run([sys.executable, *command], env=environment, **settings)
 
     with ThreadPoolExecutor(2) as pool:
-        yield {tuple(command): pool.submit(start, command) for _, *command in DRY_RUNS}
+        yield {tuple(command[:-1]): pool.submit(start, command) for command in commands}
+
+
+def test_the_quick_start_trains_prints_its_table_and_draws_its_picture(started):
+    job = started["quickstart.py", "--passes", "8", "--plot"].result()
+    rows = table(job.stdout)
+    assert list(rows) == ["natural", "free", "pgd-7"], job.stderr
+    assert rows["free"][1] > rows["natural"][1] + 0.2
+    assert Path(job.args[-1]).read_bytes().startswith(b"\x89PNG")
+    assert "train free" in job.stderr  # the progress bar
+
+
+def test_the_variants_run(started):
+    assert len(re.findall(r"\d+\.\d ± ", started["variants.py",].result().stdout)) == 5
 
 
 @pytest.mark.parametrize(
     ("expected", "command"),
     [pytest.param(e, c, id=" ".join(c[-3:])) for e, *c in DRY_RUNS],
 )
-def test_the_script_of_each_host_runs(expected, command, dry_runs):
+def test_the_script_of_each_host_runs(expected, command, started):
     if "with_fsdp.py" in command and not hasattr(torch.distributed.fsdp, "fully_shard"):
         pytest.skip("this torch has no fully_shard")
-    result = dry_runs[tuple(command)].result()
+    result = started[tuple(command)].result()
     assert result.returncode == 0, result.stderr
     assert re.search(expected, result.stdout)
     assert re.search(RESULT, result.stdout)

@@ -40,6 +40,8 @@ def test_no_setting_stands_in_both_pyproject_and_setup_cfg():
     assert not keys & {key for section in setup.sections() for key in setup[section]}
 
 
-def test_changelog_and_version_agree():
+def test_changelog_citation_and_version_agree():
     changelog = (ROOT / "docs/changelog.md").read_text(encoding="utf-8")
-    assert f"## {free_adv.__version__}" in changelog
+    assert f"## {free_adv.__version__}\n" in changelog
+    citation = (ROOT / "docs/CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {free_adv.__version__}\n" in citation
