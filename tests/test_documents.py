@@ -273,6 +273,7 @@ def test_a_host_needs_at_most_three_new_lines(page, i, diff):
 @pytest.mark.parametrize("side", ["-", "+"])
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning")  # few workers, short epochs
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm's datasets
 def test_the_loops_of_the_guide_train_before_and_after_the_change(
     page, i, diff, side, names_for, capsys
 ):
