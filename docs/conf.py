@@ -13,6 +13,7 @@ import free_adv
 
 project = "free-adv"
 author = "The free-adv authors"
+copyright = author
 version = release = free_adv.__version__
 extensions = [
     "myst_parser",
@@ -24,11 +25,17 @@ extensions = [
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "free-adv"
+pygments_style, pygments_dark_style = "friendly", "github-dark"
+html_theme_options = {
+    "light_css_variables": {"code-font-size": "0.8rem"},
+    "dark_css_variables": {"code-font-size": "0.8rem"},
+}
 html_extra_path = ["CITATION.cff"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
+napoleon_use_ivar = True
 default_role = "code"
 
 

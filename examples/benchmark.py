@@ -249,7 +249,7 @@ def main() -> None:
         row["targets"] = targets(row, natural, args)
     show(rows)
     if args.plot:
-        plots.save(plots.bars(rows), args.plot)
+        plots.save(plots.costs(rows), args.plot)
     if args.json:
         arguments = {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
         record = {"arguments": arguments, "environment": records.environment(args.device)}

@@ -65,7 +65,7 @@ def ratios(rows: list[dict]) -> list[str]:
         cells = [*place, f"{mine['natural'][f'{clock}_ms']['median']:.0f}"]
         for method in methods:
             ratio = mine[method][f"{clock}_to_natural"]
-            cells.append("{median:.3f} ({q1:.3f} to {q3:.3f})".format(**ratio))
+            cells.append("{median:.3f}<br>({q1:.2f}–{q3:.2f})".format(**ratio))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -72,7 +72,7 @@ def accuracy_against_cost(axes: Axes, rows: Sequence[dict[str, Any]], attack: st
         axes.plot(cost, [100 * row["robust"] for row in mine], label=label, **style)
         axes.plot(cost, [100 * row["clean"] for row in mine], fillstyle="none", **style)
     axes.set_title(f"filled: under {attack}, hollow: clean", fontsize="medium")
-    axes.set(ylim=(0, 104), ylabel="test accuracy (%)")
+    axes.set_ylabel("test accuracy (%)")
 
 
 def curves(axes: Axes, runs: Sequence[dict[str, Any]], key: str, colour: str | None = None) -> None:
@@ -169,22 +169,23 @@ def input_gradients(
             show(cell, image)
 
 
-def bars(rows: Sequence[dict[str, Any]]) -> Figure:
-    """The time of an update by every method, natural's being 1; the whiskers are quartiles."""
-    groups = list(dict.fromkeys(f"{row['model']}\n{row['dtype']}" for row in rows))
+def costs(rows: Sequence[dict[str, Any]]) -> Figure:
+    """The time of an update by every method, natural's being 1: a line for each model and dtype; the whiskers are quartiles."""
+    groups = list(dict.fromkeys(f"{row['model'].split('.')[0]}\n{row['dtype']}" for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    width = 1 / (len(methods) + 1)
-    figure, axes = plt.subplots(figsize=(max(6, 0.4 * len(rows) + 2), 4))
+    figure, axes = plt.subplots(figsize=(9, 1.4 + 0.55 * len(groups)))
     for place, name in enumerate(methods):
         ratios = [row[f"{row['clock']}_to_natural"] for row in rows if row["method"] == name]
         q1, middle, q3 = ([ratio[key] for ratio in ratios] for key in ("q1", "median", "q3"))
-        at = [group + (place + 0.5) * width for group in range(len(groups))]
-        axes.bar(at, middle, width, color=COLOURS[name], label=name)
-        for x, low, value, high in zip(at, q1, middle, q3, strict=True):
-            axes.plot([x, x], [low, high], color="grey", linewidth=1)
-            axes.text(x, high, f"{value:.2f}", ha="center", va="bottom", fontsize=7)
-    axes.set_xticks([group + (1 - width) / 2 for group in range(len(groups))], groups)
-    axes.set_ylabel("time of an update, natural = 1")
-    axes.grid(visible=False, axis="x")
-    axes.legend(fontsize="small")
+        below = [m - q for m, q in zip(middle, q1, strict=True)]
+        above = [q - m for m, q in zip(middle, q3, strict=True)]
+        at = [group + 0.8 * ((place + 0.5) / len(methods) - 0.5) for group in range(len(groups))]
+        style = {"fmt": MARKERS.get(name, "."), "color": COLOURS[name], "label": name, "ms": 6}
+        axes.errorbar(middle, at, xerr=(below, above), **style)
+    axes.set_yticks(range(len(groups)), groups, fontsize="small")
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlabel="time of an update, natural = 1")
+    axes.set_xticks([1, 1.5, 2, 3, 4, 6, 8], ["1", "1.5", "2", "3", "4", "6", "8"])
+    axes.minorticks_off()
+    figure.legend(loc="outside upper center", ncols=len(methods), fontsize="small")
     return figure

@@ -82,7 +82,7 @@ def draw(path: Path, rows: list[dict], threat: ThreatModel, loader: DataLoader) 
     axes = left.subplots()
     points = [row | {"label": row["method"], "cost": row["seconds"]} for row in rows]
     plots.accuracy_against_cost(axes, points, "PGD-40")
-    axes.set(xlim=(0, None), xlabel="training time (s)")
+    axes.set(xlim=(0, None), ylim=(0, 104), xlabel="training time (s)")
     axes.legend(loc="lower right")
     x, y = (t[:8] for t in next(iter(loader)))
     models = {row["method"]: row["model"] for row in rows}
