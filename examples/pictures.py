@@ -13,13 +13,14 @@ from typing import Any
 import cifar10
 import nets
 import plots
+import study
 import torch
-from records import load
+from records import load, write
 from torch import Tensor, nn
 
 from free_adv import ThreatModel
 
-NAMES = {"natural": "natural", "free": "Free", "pgd": "PGD-7", "fgsm-rs": "FGSM-RS"}
+NAMES = {"natural": "natural", "free": "Free, m={replays}", "pgd": "PGD-7", "fgsm-rs": "FGSM-RS"}
 COLUMNS = 10
 
 
@@ -49,7 +50,8 @@ def curves(records: dict[str, dict[str, Any]]) -> plots.Figure:
 
 
 def one_of_each(labels: Tensor, right: Tensor) -> Tensor:
-    """Indices of the first image of each class that is among the `right` ones, at most `COLUMNS`."""
+    """Indices of the first image of each class that is among the `right` ones, if any is; at most `COLUMNS`."""
+    right = right if right.any() else torch.ones_like(right)
     first = [((labels == c) & right).nonzero() for c in range(int(labels.max()) + 1)]
     return torch.cat([found[0] for found in first if len(found)])[:COLUMNS]
 
@@ -61,6 +63,9 @@ def main() -> None:
     parser.add_argument(
         "--plot", type=Path, default=Path("pictures"), help="folder of the pictures"
     )
+    parser.add_argument(
+        "--json", type=Path, help="write the results of all runs there, in one file"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -68,7 +73,7 @@ def main() -> None:
     records, models = {}, {}
     for run in args.runs:
         record = json.loads((run / "result.json").read_text())
-        name = NAMES[record["arguments"]["method"]]
+        name = NAMES[record["arguments"]["method"]].format(**record["arguments"])
         records[name] = record
         models[name] = model_of(run, record["arguments"], len(classes))
     threat = ThreatModel(record["arguments"]["eps"])
@@ -86,6 +91,10 @@ def main() -> None:
     figure = plots.plt.figure(figsize=(9.5, 1.05 * (1 + len(models))))
     plots.input_gradients(figure, models, x, y, classes)
     plots.save(figure, args.plot / "gradients.png")
+    if args.json:
+        runs = [{"label": name, **record} for name, record in records.items()]
+        made = [{k: v for k, v in run.items() if k != "curve"} for run in runs]
+        write(args.json, {"runs": made, "table": study.table(runs)})
     print(f"written: {args.plot}/curves.png, perturbations.png, gradients.png")
 
 

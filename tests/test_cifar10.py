@@ -94,6 +94,23 @@ def test_a_run_reports_what_it_did(undisturbed, cifar10, capsys):
     assert str(out.parent) not in (out / "result.json").read_text()
 
 
+def test_finished_runs_are_drawn_and_put_into_one_table(undisturbed, data, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import pictures
+
+    out, record = undisturbed
+    table = tmp_path / "new" / "table.json"
+    command = ["pictures.py", out, "--data", data, "--plot", tmp_path / "p", "--json", table]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    pictures.main()
+    drawn = sorted((tmp_path / "p").iterdir())
+    assert [p.name for p in drawn] == ["curves.png", "gradients.png", "perturbations.png"]
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in drawn)
+    clean, robust = (f"{100 * record['results'][0][key]:.1f}" for key in ("clean", "robust"))
+    row = f"| Free, m=3 | 1.00 | {clean} | {robust} |"
+    assert json.loads(table.read_text())["table"][-1] == row
+
+
 def test_a_run_that_is_killed_goes_on_to_the_same_weights(undisturbed, cifar10, data, tmp_path):
     command = [sys.executable, EXAMPLES / "cifar10.py"]
     command += arguments(data, tmp_path, "--save-every", 1, "--attacks", "pgd-20")

@@ -5,6 +5,9 @@ import functools
 import inspect
 import json
 import re
+import shutil
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -280,6 +283,22 @@ def test_the_loops_of_the_guide_train_before_and_after_the_change(
     names = names_for(page)
     assert run(diff, side, names)
     assert ("free" in names) == (side == "+")
+
+
+@pytest.mark.slow
+def test_the_build_stops_if_a_public_name_is_not_in_the_api_page(tmp_path):
+    pytest.importorskip("sphinx")
+    docs = shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=lambda *_: ["_build"])
+
+    def build():
+        command = [sys.executable, "-m", "sphinx", "-q", "-b", "dummy", docs, tmp_path / "out"]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    assert build().returncode == 0
+    page = docs / "api.md"
+    page.write_text(page.read_text(encoding="utf-8").replace("step, skip, epochs", "step, epochs"))
+    assert "not in docs/api.md: free_adv.FreeAdversarial.skip" in (failed := build()).stderr
+    assert failed.returncode != 0
 
 
 def test_each_command_of_the_readme_is_one_line_from_install_to_run():
