@@ -85,7 +85,7 @@ def inside(pixels: Tensor, bounds: tuple[float, float] | None, what: str) -> Non
     if outside > STRAYS or low < lowest - FAR * width or high > highest + FAR * width:
         raise ValueError(
             f"the input lies outside bounds {bounds}: {what} has {outside:.1%} of its values outside, "
-            f"observed range {low:.3g} to {high:.3g} in pixel units. If the loader normalises, pass its "
+            f"observed range {low:.3g} to {high:.3g}. If the loader normalises, pass its "
             "mean= and std=; if pixels are 0..255, divide them by 255; for any other range pass "
             "bounds=(lowest, highest), with eps in the same units, or bounds=None"
         )

@@ -30,7 +30,9 @@ class Replay:
         if isinstance(loader, Replay):
             raise ValueError("loader is a replay already: iterate it as it is, or wrap its loader")
         if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
-            raise TypeError(f"loader must be iterable, got {type(loader).__name__}")
+            module = hasattr(loader, "train_dataloader")  # a data module of Lightning
+            cure = ": wrap what its train_dataloader() returns" if module else ""
+            raise TypeError(f"loader must be iterable, got {type(loader).__name__}{cure}")
         self.__dict__.update(_flight=flight, _loader=loader, _warned=False)
 
     def __len__(self) -> int:

@@ -114,6 +114,14 @@ def test_lightning_ends_at_the_weights_of_algorithm_1(k, clip):
     all_taken_in(free, taken)
 
 
+def test_a_data_module_of_lightning_is_refused_with_the_loader_to_wrap():
+    module = pytest.importorskip("lightning").LightningDataModule()
+    with pytest.raises(
+        TypeError, match=r"got LightningDataModule: wrap what its train_dataloader\("
+    ):
+        FreeAdversarial(eps=EPS).replay(module)
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 def test_lightning_trains_in_mixed_precision(precision):
     plugins = pytest.importorskip("lightning.pytorch.plugins")
