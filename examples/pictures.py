@@ -76,7 +76,7 @@ def main() -> None:
         name = NAMES[record["arguments"]["method"]].format(**record["arguments"])
         records[name] = record
         models[name] = model_of(run, record["arguments"], len(classes))
-    threat = ThreatModel(record["arguments"]["eps"])
+    threat = ThreatModel(record["results"][0]["threat"]["eps"])
 
     plots.save(curves(records), args.plot / "curves.png")
     some = torch.randperm(len(images))[:1000]

@@ -32,7 +32,7 @@ DRY_RUNS = [
     (r"bf16, 2 updates", "with_amp.py"),
     (r"1 devices, 8 updates", "with_lightning.py", "--accelerator", "cpu", "--accumulate", "2"),
     (r"2 devices, 8 updates", "with_lightning.py", "--accelerator", "cpu", "--devices", "2"),
-    (r"1 processes, 2 epochs", "with_accelerate.py", "--cpu"),
+    (r"1 processes, 2 epochs", "with_accelerate.py", "--cpu", "--checkpoint", "FOLDER"),
     (r"2 processes, 2 epochs", *TORCHRUN, "with_accelerate.py", "--cpu", "--accumulate", "2"),
     (r"3 updates", "with_trainer.py", "--accumulate", "2"),
     (r"natural .*\nfree", "with_text.py"),
@@ -48,10 +48,12 @@ def started(tmp_path_factory):
     quick = ["quickstart.py", "--dry-run", "--plot", str(picture)]
     commands = [quick, ["variants.py", "--dry-run"]]
     commands += [[*command, "--dry-run"] for _, *command in DRY_RUNS]
+    folder = str(tmp_path_factory.mktemp("state"))
 
     def start(command):
         settings = {"capture_output": True, "text": True, "cwd": EXAMPLES}
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [folder if word == "FOLDER" else word for word in command]
         return subprocess.run([sys.executable, *command], env=environment, **settings)
 
     with ThreadPoolExecutor(2) as pool:
@@ -84,11 +86,12 @@ def test_the_script_of_each_host_runs(expected, command, started):
     assert "Warning: every rank" not in result.stderr
 
 
-def test_accelerate_saves_and_resumes(tmp_path):
-    command = ["with_accelerate.py", "--cpu", "--dry-run"]
-    one = run(*command, "--checkpoint", tmp_path / "state").stdout
-    assert (tmp_path / "state" / "custom_checkpoint_0.pkl").exists()
-    assert run(*command, "--resume", tmp_path / "state").stdout == one
+def test_accelerate_saves_and_resumes(started):
+    job = started["with_accelerate.py", "--cpu", "--checkpoint", "FOLDER"].result()
+    folder = Path(job.args[-2])
+    assert (folder / "custom_checkpoint_0.pkl").exists()
+    again = run("with_accelerate.py", "--cpu", "--resume", folder, "--dry-run").stdout
+    assert again == job.stdout
 
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("with_*.py")), ids=lambda p: p.name)
