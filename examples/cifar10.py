@@ -370,10 +370,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--replays", type=whole, default=8, help="the paper's m")
     add("--passes", type=float, default=200.0, help="natural passes over the data: the cost")
     add("--eps", type=fraction, default=8 / 255, help="linf radius, pixels in [0, 1]")
-    add("--step-size", type=fraction, help="ascent step of Free; eps by default")
+    add(
+        "--step-size",
+        type=fraction,
+        help="ascent step of Free, in the units of eps, which is the default",
+    )
     add("--start", choices=["carry", "zero", "uniform"], default="carry", help="delta of Free")
-    add("--batch-size", type=whole, default=128)
-    add("--lr", type=float, default=0.1)
+    add("--batch-size", type=whole, default=128, help="of an update")
+    add("--lr", type=float, default=0.1, help="peak of the schedule")
     add("--schedule", choices=["onecycle", "multistep"], default="onecycle")
     add("--warmup", type=float, default=0.3, help="share of the updates that onecycle warms up in")
     add("--weight-decay", type=float, default=5e-4, help="on kernels, not on norms and biases")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from free_adv import ThreatModel
 
 NAMES = {"natural": "natural", "free": "Free, m={replays}", "pgd": "PGD-7", "fgsm-rs": "FGSM-RS"}
+NAMES["free-public"] = "Free-public, m={replays}"
 COLUMNS = 10
 
 
@@ -34,11 +35,9 @@ def model_of(run: Path, arguments: dict[str, Any], classes: int) -> nn.Module:
 
 def curves(records: dict[str, dict[str, Any]]) -> plots.Figure:
     """Accuracy on held-out images over training time, clean and under PGD-10."""
-    base = next(iter(records.values()))["cpu_seconds"]
-    runs = [
-        {"label": name, "curve": r["curve"], "cost": r["cpu_seconds"] / base}
-        for name, r in records.items()
-    ]
+    made = [{"label": name, **record} for name, record in records.items()]
+    costs = study.costs(made)
+    runs = [run | {"cost": cost} for run, cost in zip(made, costs, strict=True)]
     figure, axes = plots.plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for cell, key, title in zip(axes, ("clean", "robust"), ("clean", "under PGD-10"), strict=True):
         plots.curves(cell, runs, key)
@@ -74,6 +73,8 @@ def main() -> None:
     for run in args.runs:
         record = json.loads((run / "result.json").read_text())
         name = NAMES[record["arguments"]["method"]].format(**record["arguments"])
+        if name in records:
+            raise SystemExit(f"{run} is a second run of {name}: one for each method, please")
         records[name] = record
         models[name] = model_of(run, record["arguments"], len(classes))
     threat = ThreatModel(record["results"][0]["threat"]["eps"])

@@ -211,7 +211,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--replays", type=int, default=2, help="the paper's m")
-    parser.add_argument("--eps", type=fraction, default=4 / 255)
+    parser.add_argument(
+        "--eps", type=fraction, default=4 / 255, help="linf radius, pixels in [0, 1]"
+    )
     parser.add_argument(
         "--size",
         type=int,

@@ -27,19 +27,20 @@ VARIANTS = {
 }
 
 
-def train(seed: int, passes: int, m: int, eps: float, clamp=False, start="carry", anneal=True):
+def train(args, seed: int, clamp=False, start="carry", anneal=True):
+    eps, m, passes = args.eps, args.replays, args.passes
     torch.manual_seed(seed)
-    loader, _ = data(64, seed)
+    loader, _ = data(args.batch_size, seed)
     model = network()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     free = FreeAdversarial(optimizer, eps=eps, replays=m, start=start)
     epochs = free.epochs(passes)
     total = epochs * len(free.replay(loader))
     # Without annealing the schedule is as long as the natural training, but moves once an epoch.
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 0.1, total_steps=total if anneal else passes
+        optimizer, args.lr, total_steps=total if anneal else passes
     )
-    delta = torch.zeros(64, 1, 8, 8)
+    delta = torch.zeros(args.batch_size, 1, 8, 8)
     for _ in range(epochs):
         if clamp:  # the loop of the public implementations
             for x, y in loader:
@@ -63,7 +64,7 @@ def train(seed: int, passes: int, m: int, eps: float, clamp=False, start="carry"
 
 def main() -> None:
     options = parser(__doc__, passes=40, replays=8, eps=0.15, lr=0.1)
-    options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--seeds", type=int, default=3, help="how many, from --seed on")
     options.add_argument("--json", type=Path, help="write the results there too")
     args = options.parse_args()
     if args.dry_run:
@@ -78,8 +79,8 @@ def main() -> None:
     )
     for name, changes in tqdm(VARIANTS.items(), leave=False):
         results = []
-        for seed in range(args.seeds):
-            model = train(seed, args.passes, args.replays, args.eps, **changes)
+        for seed in range(args.seed, args.seed + args.seeds):
+            model = train(args, seed, **changes)
             results.append(evaluate(model, test, threat, steps=40, progress=False))
         clean, robust = (
             [100 * r[i] for r in ((r.clean, r.robust) for r in results)] for i in (0, 1)

@@ -22,8 +22,9 @@ def main() -> None:
     options.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none")
     options.add_argument("--cpu", action="store_true", help="the CPU even if there is a GPU")
     options.add_argument("--accumulate", type=int, default=1, help="micro-batches per update")
-    options.add_argument("--checkpoint", type=Path, help="save the state here after each epoch")
-    options.add_argument("--resume", type=Path, help="go on from this state")
+    options.add_argument(
+        "--out", type=Path, help="save each epoch in this folder, and go on from it"
+    )
     args = options.parse_args()
 
     train, test = train_set(), test_set()
@@ -54,9 +55,9 @@ def main() -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=updates)
     schedule = accelerator.prepare(schedule)
     first = 0
-    if args.resume:
-        accelerator.load_state(args.resume)
-        first = int((args.resume / "epoch.txt").read_text())
+    if args.out and (args.out / "epoch.txt").exists():
+        accelerator.load_state(args.out)
+        first = int((args.out / "epoch.txt").read_text())
 
     for epoch in range(first, epochs):
         loader.set_epoch(epoch)
@@ -68,14 +69,14 @@ def main() -> None:
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
-        if args.checkpoint:
-            accelerator.save_state(args.checkpoint)
-            (args.checkpoint / "epoch.txt").write_text(str(epoch + 1))
+        if args.out:
+            accelerator.save_state(args.out)
+            (args.out / "epoch.txt").write_text(str(epoch + 1))
 
     if accelerator.is_main_process:
         net = accelerator.unwrap_model(model)
         result = evaluate(net, DataLoader(test, len(test)), free.threat, steps=40)
-        accelerator.print(f"{accelerator.num_processes} processes, {epochs} epochs: {result}")
+        accelerator.print(f"processes={accelerator.num_processes} epochs={epochs}: {result}")
     accelerator.end_training()
 
 

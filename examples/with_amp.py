@@ -17,7 +17,9 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 def main() -> None:
     options = parser(__doc__, passes=40, replays=8, eps=0.15, lr=0.1)
     options.add_argument("--amp", choices=DTYPES, default="bf16")
-    options.add_argument("--max-grad-norm", type=float, default=1.0)
+    options.add_argument(
+        "--max-grad-norm", type=float, default=1.0, help="clip the gradient at this"
+    )
     args = options.parse_args()
 
     train, test = train_set(), test_set()
@@ -53,7 +55,7 @@ def main() -> None:
             schedule.step()
 
     result = evaluate(model, DataLoader(test, len(test)), free.threat, steps=40)
-    print(f"{args.amp}, {updates} updates: {result}")
+    print(f"amp={args.amp} updates={updates}: {result}")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def main() -> None:
 
     if rank == 0:  # the model itself: a forward pass through DDP would wait for the other ranks
         result = evaluate(model.module, DataLoader(test, len(test)), free.threat, steps=40)
-        print(f"{ranks} ranks, {updates} updates: {result}")
+        print(f"ranks={ranks} updates={updates}: {result}")
     distributed.barrier()
     distributed.destroy_process_group()
 

@@ -58,7 +58,7 @@ def main() -> None:
     # The weights are in pieces: all ranks run each forward pass together, on the same images.
     result = evaluate(model, DataLoader(test, len(test)), free.threat, steps=40, progress=rank == 0)
     if rank == 0:
-        print(f"{ranks} ranks, {updates} updates: {result}")
+        print(f"ranks={ranks} updates={updates}: {result}")
     distributed.destroy_process_group()
 
 

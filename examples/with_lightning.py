@@ -75,7 +75,7 @@ def main() -> None:
 
     if trainer.is_global_zero:
         result = evaluate(module.net, DataLoader(test, len(test)), free.threat, steps=40)
-        print(f"{ranks} devices, {trainer.global_step} updates: {result}")
+        print(f"devices={ranks} updates={trainer.global_step}: {result}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from arguments import parser
+from arguments import fraction, parser
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from transformers import BertConfig, BertForSequenceClassification
@@ -85,7 +85,7 @@ def report(name: str, model: nn.Module, test: DataLoader, threat: ThreatModel) -
 
 def main() -> None:
     options = parser(__doc__, passes=12, replays=3, eps=0.3, lr=2e-3)
-    options.add_argument("--step-size", type=float, default=0.1, help="of delta")
+    options.add_argument("--step-size", type=fraction, default=0.1, help="ascent step of Free")
     args = options.parse_args()
 
     train, test = texts()

@@ -90,7 +90,7 @@ def main() -> None:
         trainer.train()
 
     result = evaluate(Logits(trainer.model), DataLoader(test, len(test)), free.threat, steps=40)
-    print(f"{trainer.state.global_step} updates: {result}")
+    print(f"updates={trainer.state.global_step}: {result}")
 
 
 if __name__ == "__main__":

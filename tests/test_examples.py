@@ -28,16 +28,16 @@ def table(out):
 RESULT = r"clean +[\d.]+%  robust +[\d.]+%"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 DRY_RUNS = [
-    (r"fp16, 2 updates", "with_amp.py", "--amp", "fp16"),
-    (r"bf16, 2 updates", "with_amp.py"),
-    (r"1 devices, 8 updates", "with_lightning.py", "--accelerator", "cpu", "--accumulate", "2"),
-    (r"2 devices, 8 updates", "with_lightning.py", "--accelerator", "cpu", "--devices", "2"),
-    (r"1 processes, 2 epochs", "with_accelerate.py", "--cpu", "--checkpoint", "FOLDER"),
-    (r"2 processes, 2 epochs", *TORCHRUN, "with_accelerate.py", "--cpu", "--accumulate", "2"),
-    (r"3 updates", "with_trainer.py", "--accumulate", "2"),
+    (r"amp=fp16 updates=2:", "with_amp.py", "--amp", "fp16"),
+    (r"amp=bf16 updates=2:", "with_amp.py"),
+    (r"devices=1 updates=8:", "with_lightning.py", "--accelerator", "cpu", "--accumulate", "2"),
+    (r"devices=2 updates=8:", "with_lightning.py", "--accelerator", "cpu", "--devices", "2"),
+    (r"processes=1 epochs=2:", "with_accelerate.py", "--cpu", "--out", "FOLDER"),
+    (r"processes=2 epochs=2:", *TORCHRUN, "with_accelerate.py", "--cpu", "--accumulate", "2"),
+    (r"updates=3:", "with_trainer.py", "--accumulate", "2"),
     (r"natural .*\nfree", "with_text.py"),
-    (r"2 ranks, 2 updates", *TORCHRUN, "with_ddp.py"),
-    (r"2 ranks, 2 updates", *TORCHRUN, "with_fsdp.py"),
+    (r"ranks=2 updates=2:", *TORCHRUN, "with_ddp.py"),
+    (r"ranks=2 updates=2:", *TORCHRUN, "with_fsdp.py"),
 ]
 
 
@@ -87,10 +87,10 @@ def test_the_script_of_each_host_runs(expected, command, started):
 
 
 def test_accelerate_saves_and_resumes(started):
-    job = started["with_accelerate.py", "--cpu", "--checkpoint", "FOLDER"].result()
+    job = started["with_accelerate.py", "--cpu", "--out", "FOLDER"].result()
     folder = Path(job.args[-2])
     assert (folder / "custom_checkpoint_0.pkl").exists()
-    again = run("with_accelerate.py", "--cpu", "--resume", folder, "--dry-run").stdout
+    again = run("with_accelerate.py", "--cpu", "--out", folder, "--dry-run").stdout
     assert again == job.stdout
 
 
