@@ -420,6 +420,7 @@ def test_the_ranges_over_seeds_in_the_readme_are_those_of_the_files():
         ("pgd-7", "robust", 100, 1, "PGD-7 has {} to {} %"),
         ("pgd-7", "autoattack", 100, 1, "% and {} to {} %"),
         ("free", "relative", 1, 2, "Free took {} to {} times"),
+        ("pgd-7", "relative", 1, 2, "PGD-7 {} to {} times"),
     ):
         values = [scale * row[key] for run in rows for row in run if row["method"] == method]
         assert phrase.format(*(f"{f(values):.{digits}f}" for f in (min, max))) in text
