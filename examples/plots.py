@@ -45,7 +45,7 @@ def method(label: str) -> str:
 def save(figure: Figure, path: Path) -> None:
     """Write the figure, and forget it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(path, pil_kwargs={"optimize": True})
     plt.close(figure)
 
 
@@ -95,9 +95,11 @@ def curves(axes: Axes, runs: Sequence[dict[str, Any]], key: str, colour: str | N
 
 def show(cell: Axes, image: Tensor, title: str = "", colour: str = BLACK) -> None:
     """One image of shape (1 or 3, H, W) in [0, 1]."""
-    grey = {"cmap": "gray_r", "vmin": 0, "vmax": 1} if len(image) == 1 else {}
+    grey = len(image) == 1
+    style = {"cmap": "gray_r", "vmin": 0, "vmax": 1} if grey else {}
     image = image.clamp(0, 1)  # a sum may be beyond by a rounding
-    cell.imshow((image[0] if grey else image.permute(1, 2, 0)).numpy(), **grey)
+    pixels = image[0] if grey else image.permute(1, 2, 0)
+    cell.imshow(pixels.numpy(), interpolation="nearest", **style)
     cell.set(xticks=[], yticks=[])
     cell.set_title(title, color=colour, fontsize="small", pad=3)
     cell.grid(visible=False)
