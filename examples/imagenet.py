@@ -173,6 +173,8 @@ class Training:
             **what,
             num_workers=self.args.workers,
             pin_memory=self.device.type == "cuda",
+            # A worker that is forked while another thread holds a lock may never answer: say so, do not hang.
+            timeout=600 if self.args.workers else 0,
             worker_init_fn=images.ignore_sigterm,
             generator=torch.Generator(),  # or it would draw from the global one
         )

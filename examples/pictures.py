@@ -20,8 +20,13 @@ from torch import Tensor, nn
 
 from free_adv import ThreatModel
 
-NAMES = {"natural": "natural", "free": "Free, m={replays}", "pgd": "PGD-7", "fgsm-rs": "FGSM-RS"}
-NAMES["free-public"] = "Free-public, m={replays}"
+NAMES = {
+    "natural": "natural",
+    "free": "Free, m={replays}",
+    "free-public": "Free-public, m={replays}",
+    "pgd": "PGD-7",
+    "fgsm-rs": "FGSM-RS",
+}
 COLUMNS = 10
 
 

@@ -4,6 +4,7 @@ python examples/with_trainer.py
 python examples/with_trainer.py --accumulate 2
 """
 
+import os
 import tempfile
 
 import torch
@@ -66,11 +67,12 @@ def main() -> None:
     free = FreeAdversarial(  # free-adv
         eps=args.eps, replays=args.replays, accumulate=args.accumulate, key="pixel_values"
     )
+    ranks = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             output_dir=folder,
             num_train_epochs=free.epochs(args.passes),  # free-adv
-            per_device_train_batch_size=args.batch_size // args.accumulate,
+            per_device_train_batch_size=args.batch_size // ranks // args.accumulate,
             gradient_accumulation_steps=args.accumulate,
             learning_rate=args.lr,
             lr_scheduler_type="cosine",
@@ -90,7 +92,8 @@ def main() -> None:
         trainer.train()
 
     result = evaluate(Logits(trainer.model), DataLoader(test, len(test)), free.threat, steps=40)
-    print(f"updates={trainer.state.global_step}: {result}")
+    if trainer.is_world_process_zero():
+        print(f"updates={trainer.state.global_step}: {result}")
 
 
 if __name__ == "__main__":

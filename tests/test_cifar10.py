@@ -12,21 +12,15 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import cifar10
 import numpy as np
+import pictures
 import pytest
+import study
 import torch
 from PIL import Image
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture(scope="module")
-def cifar10():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        import cifar10
-
-        yield cifar10
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +49,7 @@ def arguments(data, out, *more):
     return ["--data", str(data), "--out", str(out), *SMALL.split(), *map(str, more)]
 
 
-def begin(cifar10, data, *more):
+def begin(data, *more):
     args = cifar10.parse(arguments(data, "unused", *more))
     images, labels, classes = cifar10.read(data, True, False)
     return cifar10.Run(args, images, labels, len(classes))
@@ -72,12 +66,12 @@ def same(a, b):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cifar10, data, tmp_path_factory):
+def undisturbed(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed")
     return out, cifar10.main(arguments(data, out, "--save-every", 7, "--attacks", "pgd-20"))
 
 
-def test_a_run_reports_what_it_did(undisturbed, cifar10, capsys):
+def test_a_run_reports_what_it_did(undisturbed, capsys):
     out, record = undisturbed
     assert json.loads((out / "result.json").read_text()) == json.loads(json.dumps(record))
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -95,9 +89,6 @@ def test_a_run_reports_what_it_did(undisturbed, cifar10, capsys):
 
 
 def test_finished_runs_are_drawn_and_put_into_one_table(undisturbed, data, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
-    import pictures
-
     out, record = undisturbed
     table = tmp_path / "new" / "table.json"
     command = ["pictures.py", out, "--data", data, "--plot", tmp_path / "p", "--json", table]
@@ -111,7 +102,7 @@ def test_finished_runs_are_drawn_and_put_into_one_table(undisturbed, data, tmp_p
     assert json.loads(table.read_text())["table"][-1] == row
 
 
-def test_a_run_that_is_killed_goes_on_to_the_same_weights(undisturbed, cifar10, data, tmp_path):
+def test_a_run_that_is_killed_goes_on_to_the_same_weights(undisturbed, data, tmp_path):
     command = [sys.executable, EXAMPLES / "cifar10.py"]
     command += arguments(data, tmp_path, "--save-every", 1, "--attacks", "pgd-20")
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -134,9 +125,9 @@ def test_a_run_that_is_killed_goes_on_to_the_same_weights(undisturbed, cifar10, 
 
 @pytest.mark.parametrize("method", ["natural", "free", "pgd", "fgsm-rs"])
 @pytest.mark.parametrize("more", ["", "--start uniform --amp bf16 --schedule multistep"])
-def test_a_run_goes_on_bit_equal_from_after_any_update(method, more, cifar10, data, tmp_path):
+def test_a_run_goes_on_bit_equal_from_after_any_update(method, more, data, tmp_path):
     settings = "--method", method, *more.split()
-    whole = begin(cifar10, data, *settings)
+    whole = begin(data, *settings)
     states = []
     for loss in whole.updates():
         assert loss.isfinite()
@@ -144,7 +135,7 @@ def test_a_run_goes_on_bit_equal_from_after_any_update(method, more, cifar10, da
             cifar10.save(tmp_path / f"{whole.step}.pt", whole.state())
             states.append(whole.step)
     for step in states if method == "free" else states[:3]:
-        run = begin(cifar10, data, *settings)
+        run = begin(data, *settings)
         run.go_on(cifar10.load(tmp_path / f"{step}.pt"))
         assert run.step == step
         for _ in run.updates():
@@ -152,9 +143,9 @@ def test_a_run_goes_on_bit_equal_from_after_any_update(method, more, cifar10, da
         assert same(whole.state(), run.state())
 
 
-def test_every_method_makes_the_same_number_of_updates_and_anneals(cifar10, data):
+def test_every_method_makes_the_same_number_of_updates_and_anneals(data):
     for method in ("natural", "free", "free-public", "fgsm-rs"):
-        run = begin(cifar10, data, "--method", method)
+        run = begin(data, "--method", method)
         rates = [run.schedule.get_last_lr()[0] for _ in run.updates()]
         assert len(rates) == 30
         assert max(rates) == pytest.approx(0.05)
@@ -162,10 +153,8 @@ def test_every_method_makes_the_same_number_of_updates_and_anneals(cifar10, data
 
 
 @pytest.mark.parametrize(("method", "judge"), [("natural", "clean"), ("free", "robust")])
-def test_the_best_look_at_the_held_out_images_gives_the_weights(
-    method, judge, cifar10, data, monkeypatch
-):
-    run = begin(cifar10, data, "--method", method)
+def test_the_best_look_at_the_held_out_images_gives_the_weights(method, judge, data, monkeypatch):
+    run = begin(data, "--method", method)
     scores = iter([(0.5, 0.3), (0.7, 0.1), (0.6, 0.2)])  # clean and robust
 
     def found(*args, **settings):
@@ -181,19 +170,19 @@ def test_the_best_look_at_the_held_out_images_gives_the_weights(
     assert run.best["update"] == (20 if method == "natural" else 10)
 
 
-def test_held_out_images_are_not_trained_on(cifar10, data):
-    run = begin(cifar10, data)
+def test_held_out_images_are_not_trained_on(data):
+    run = begin(data)
     (held, _), *rest = run.held_out
     assert not rest
     seen = run.loader.images.flatten(1).float() / 255
     assert torch.cdist(held.flatten(1), seen).min() > 0.1
-    fewer = begin(cifar10, data, "--images", 40)
+    fewer = begin(data, "--images", 40)
     assert torch.equal(fewer.loader.images, run.loader.images[:40])
-    other = begin(cifar10, data, "--seed", 5)  # the split is fixed
+    other = begin(data, "--seed", 5)  # the split is fixed
     assert torch.equal(other.held_out[0][0], held)
 
 
-def test_without_held_out_images_the_last_weights_are_taken(cifar10, data, tmp_path):
+def test_without_held_out_images_the_last_weights_are_taken(data, tmp_path):
     settings = arguments(data, tmp_path, "--held-out", 0, "--passes", 2, "--attacks")
     record = cifar10.main(settings)
     assert record["weights"] == f"update {record['updates']}, the last"
@@ -202,14 +191,14 @@ def test_without_held_out_images_the_last_weights_are_taken(cifar10, data, tmp_p
     assert record["results"] == []
 
 
-def test_another_run_in_the_same_folder_is_refused(undisturbed, cifar10, data):
+def test_another_run_in_the_same_folder_is_refused(undisturbed, data):
     with pytest.raises(
         SystemExit, match=r"holds a run with --lr 0.05, not 0.2: choose another --out"
     ):
         cifar10.main(arguments(data, undisturbed[0], "--lr", 0.2))
 
 
-def test_a_run_begun_with_other_weights_is_refused(undisturbed, cifar10, data, tmp_path):
+def test_a_run_begun_with_other_weights_is_refused(undisturbed, data, tmp_path):
     weights = tmp_path / "other" / "weights.pt"
     cifar10.save(weights, torch.load(undisturbed[0] / "weights.pt", weights_only=True))
     settings = arguments(data, tmp_path, "--passes", 1, "--attacks")
@@ -218,7 +207,7 @@ def test_a_run_begun_with_other_weights_is_refused(undisturbed, cifar10, data, t
         cifar10.main([*settings, "--init", str(weights)])
 
 
-def test_classes_that_differ_between_training_and_test_are_refused(cifar10, data, tmp_path):
+def test_classes_that_differ_between_training_and_test_are_refused(data, tmp_path):
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
     shutil.rmtree(copy / "test" / "b")
@@ -236,20 +225,18 @@ def test_classes_that_differ_between_training_and_test_are_refused(cifar10, data
         (("--lr", 1e30, "--attacks"), "the loss is nan; try a lower --lr"),
     ],
 )
-def test_what_cannot_work_is_said_before_it_is_tried(
-    settings, message, cifar10, data, tmp_path, capsys
-):
+def test_what_cannot_work_is_said_before_it_is_tried(settings, message, data, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         cifar10.main(arguments(data, tmp_path, *settings))
     assert message in f"{error.value} {capsys.readouterr().err}"
 
 
-def test_a_folder_without_images_is_refused(cifar10, tmp_path):
+def test_a_folder_without_images_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="neither a root of CIFAR nor train/"):
         cifar10.main(arguments(tmp_path, tmp_path))
 
 
-def test_the_recipe_of_the_paper_is_80_000_updates_cut_at_half_and_three_quarters(cifar10, data):
+def test_the_recipe_of_the_paper_is_80_000_updates_cut_at_half_and_three_quarters(data):
     args = cifar10.parse(["--data", str(data), "--recipe", "paper", "--model", "cnn-8"])
     assert (args.replays, args.lr, args.weight_decay, args.pad) == (8, 0.1, 2e-4, 2)
     images = torch.zeros(50_000, 3, 2, 2, dtype=torch.uint8)
@@ -263,20 +250,13 @@ def test_the_recipe_of_the_paper_is_80_000_updates_cut_at_half_and_three_quarter
     assert cifar10.parse(["--data", "x", "--recipe", "paper", "--replays", "4"]).replays == 4
 
 
-def test_training_begins_with_the_weights_of_another_run(undisturbed, cifar10, data):
+def test_training_begins_with_the_weights_of_another_run(undisturbed, data):
     weights = torch.load(undisturbed[0] / "weights.pt", weights_only=True)["weights"]
-    run = begin(cifar10, data, "--init", undisturbed[0] / "weights.pt")
+    run = begin(data, "--init", undisturbed[0] / "weights.pt")
     assert same(dict(run.model.state_dict()), weights)
 
 
-@pytest.fixture(scope="module")
-def study(cifar10):
-    import study
-
-    return study
-
-
-def test_a_study_makes_its_table_from_runs_that_it_keeps(study, data, tmp_path, capsys):
+def test_a_study_makes_its_table_from_runs_that_it_keeps(data, tmp_path, capsys):
     more = [
         *SMALL.split(),
         "--passes",
@@ -319,7 +299,7 @@ def test_a_study_makes_its_table_from_runs_that_it_keeps(study, data, tmp_path, 
 
 
 @pytest.mark.parametrize(("name", "classes"), [("CIFAR10", 10), ("CIFAR100", 100)])
-def test_the_files_of_torchvision_are_read(name, classes, cifar10, tmp_path, monkeypatch):
+def test_the_files_of_torchvision_are_read(name, classes, tmp_path, monkeypatch):
     kind = getattr(cifar10.datasets, name)
     folder = tmp_path / kind.base_folder
     folder.mkdir()
@@ -343,7 +323,7 @@ def test_the_files_of_torchvision_are_read(name, classes, cifar10, tmp_path, mon
         assert names == ["a"]
 
 
-def test_a_table_says_of_how_many_seeds_a_cell_is(study):
+def test_a_table_says_of_how_many_seeds_a_cell_is():
     def record(label, seed, attacks, machine="CPU"):
         results = [{"name": name, "clean": 0.5, "robust": value} for name, value in attacks.items()]
         return {

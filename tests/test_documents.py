@@ -162,10 +162,9 @@ def of_text(names, folder):
 
 
 def of_reliability(names, folder):
-    of_ranks(names, folder)
-    names |= {"rank": 0, "folder": str(folder / "checkpoint")} | {
-        key: value for key, value in reader().items() if key == "loader"
-    }
+    loader = names["loader"]
+    of_ranks(names, folder)  # torch.distributed.checkpoint wants a process group
+    names |= {"loader": loader, "rank": 0, "folder": str(folder / "checkpoint")}
 
 
 SETTINGS = {

@@ -1,6 +1,5 @@
 """The ImageNet job goes on after a kill as if nothing had been, alone or on two ranks, from folders and from shards."""
 
-import importlib
 import io
 import itertools
 import json
@@ -15,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import images
+import jobs
 import numpy
 import psutil
 import pytest
@@ -190,10 +190,8 @@ def test_the_lines_of_the_log_say_how_the_job_is_doing(ddp):
 
 
 @pytest.fixture
-def alone(monkeypatch):
+def alone():
     """jobs.py, in a process group of one."""
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    jobs = importlib.import_module("jobs")
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield jobs
