@@ -14,6 +14,27 @@ from torch import Tensor
 STRAYS = 0.1  # share of a batch that may lie outside the bounds (RandomErasing's noise, rounding)
 FAR = 4.0  # how many widths of the bounds even a stray value may be away
 
+CURES = """\
+Each batch that replay() yields needs one backward pass through its input. Look for:
+- no backward pass before the next batch: call free.step(loss) or loss.backward() for every batch;
+- a forward pass under torch.no_grad(): move it out;
+- an input cut off from its graph (x.detach(), x.data, torch.tensor(x), Variable(x)): give the model x itself;
+- gradients asked for by torch.autograd.grad(loss, x): hand them on with x.backward(gx), or use loss.backward();
+- a loop that prefetches, or a wrapper round the replay that takes batches ahead: wrap it the other way,
+  free.replay(wrapper), or replay inside the step, `for batch in free.replay([batch])`;
+- a cycle round the replay: free.replay(itertools.cycle(loader));
+- a batch left out on purpose, such as one that did not fit into memory: call free.skip() there;
+- several batches per optimizer step: pass FreeAdversarial(..., accumulate=<that number>);
+- a host that copies or cuts the batch: perturb inside the model, FreeAdversarial(..., at=<its first layer>);
+- with at=module: a forward pass without that module, by a copy of it, with it in eval mode, after the
+  loop was left, compiled before FreeAdversarial was made (torch._dynamo.reset() once), or a call whose
+  output the loss does not use (make that one under torch.no_grad())."""
+
+LATE = """\
+this batch's time is over: delta has moved on, and a gradient would be lost. Look for:
+- a cycle or a cache round the replay: wrap it the other way, free.replay(itertools.cycle(loader));
+- a batch or an output that is kept for a later loss: keep x.detach()."""
+
 
 def describe(x: Tensor) -> str:
     """Shape, dtype and device of a tensor, for messages."""
@@ -28,6 +49,16 @@ def positive(name: str, value: Any) -> float:
     return number
 
 
+def as_device(value: Any) -> torch.device:
+    """The argument `device`, as `Tensor.to` takes it."""
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise type(error)(
+            f"device must be what Tensor.to takes, such as 'cuda' or 0, got {value!r}"
+        ) from error
+
+
 def count(name: str, value: Any) -> int:
     """`value` as an int, if it is a whole number of at least 1."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
@@ -37,14 +68,14 @@ def count(name: str, value: Any) -> int:
     return operator.index(value)
 
 
-def scalar(name: str, value: Any, cures: str) -> None:
+def scalar(name: str, value: Any) -> None:
     """Refuse what is not a tensor with one element and a graph."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.numel() != 1:
         raise ValueError(f"{name} must be a scalar, got {describe(value)}; take its mean()")
     if not value.requires_grad:
-        raise RuntimeError(f"the {name} has no graph to go backward through.\n{cures}")
+        raise RuntimeError(f"the {name} has no graph to go backward through.\n{CURES}")
 
 
 def dense(x: Tensor, channels: int) -> None:

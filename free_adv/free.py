@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -11,26 +12,26 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from free_adv import state as states
-from free_adv.batches import as_path
-from free_adv.checks import count, scalar
-from free_adv.inside import attach
-from free_adv.minibatch import CURES, Flight
-from free_adv.optimizers import Optimizers
-from free_adv.perturbation import Perturbation
+from free_adv.batch import as_paths
+from free_adv.checks import as_device, count, positive
+from free_adv.delta import Delta
+from free_adv.layer import attach
+from free_adv.loop import Loop
 from free_adv.replay import Replay
+from free_adv.step import as_optimizers, as_scaler, step
 from free_adv.threat import ThreatModel
 
+Key = int | str | EllipsisType | tuple[int | str | EllipsisType, ...]
 PIXELS = (0.0, 1.0)  # the default of `bounds`: an output perturbed `at` a module has no such range
 
 
 class FreeAdversarial:
     """Adversarial training at the cost of natural training, inside your own loop.
 
-    It sits beside the optimizer, as `torch.amp.GradScaler` does. Every minibatch is replayed *m* times.
-    The one backward pass of a replay moves the weights down and `delta` up, and delta is carried from
-    minibatch to minibatch: Algorithm 1 of "Adversarial Training for Free!" (Shafahi et al. 2019, arXiv
-    1904.12843). Divide the number of epochs by *m*, with `epochs`, and the cost is that of natural
-    training. A loop with a backward pass of its own needs only `replay`, which takes in its gradient.
+    It sits beside the optimizer, as `torch.amp.GradScaler` does. Every minibatch is replayed *m* times; the
+    one backward pass of a replay moves the weights down and `delta` up, and delta is carried on: Algorithm 1
+    of "Adversarial Training for Free!" (Shafahi et al. 2019, arXiv 1904.12843). Divide the epochs by *m*, with
+    `epochs`. A loop with a backward pass of its own needs only `replay`, which takes in its gradient.
 
     Args:
         optimizer: The optimizer that `step` drives, or several. None for a loop that steps by itself.
@@ -49,10 +50,15 @@ class FreeAdversarial:
         max_grad_norm: Clip the norm of the parameters' gradient in `step`. delta is never clipped by it.
         accumulate: Micro-batches per optimizer step; they are replayed as one minibatch.
         key: Where in a batch the input is: an index, a name, or a tuple of them for nested batches.
-            A batch that is a tensor is the input itself.
-        device: Where to move the tensors of a batch, once for all its replays. None leaves them.
+            A batch that is a tensor is the input itself. A list of keys names several inputs, such as two
+            views. `...` stands for every element of a list, each *one sample without a batch dimension*:
+            `key=(0, ...)` for a detector's `([image, ...], [target, ...])`.
+        device: Where to move a batch, once for all its replays; pass it where the loop would move it. None
+            leaves it.
         at: A module whose *output*, one tensor of shape (N, ...), is perturbed in place of the input: an
             embedding layer for text, the layer that makes floats of uint8 images. `eps` is in its units.
+            Calls before a backward pass have rows of delta each; after one, a call goes on with those that
+            the batch has left, or begins again.
 
     Attributes:
         threat: The `ThreatModel` that `eps`, `norm`, `bounds`, `mean` and `std` make.
@@ -90,47 +96,49 @@ class FreeAdversarial:
         scaler: GradScaler | None = None,
         max_grad_norm: float | None = None,
         accumulate: int = 1,
-        key: int | str | tuple[int | str, ...] = 0,
+        key: Key | list[Key] = 0,
         device: torch.device | str | int | None = None,
         at: nn.Module | None = None,
     ) -> None:
         bounds = None if at is not None and bounds is PIXELS else bounds
         self.threat = ThreatModel(eps, norm, bounds, mean, std)
-        self._optimizers = Optimizers(optimizer, scaler, max_grad_norm)
-        self._flight = Flight(
-            perturbation=Perturbation(self.threat, step_size, start),
+        paths = as_paths(key)
+        self._loop = Loop(
+            delta=Delta(self.threat, step_size, start),
             replays=count("replays", replays),
             accumulate=count("accumulate", accumulate),
-            path=as_path(key),
-            device=None if device is None else torch.device(device),
-            inside=at is not None,
+            paths=paths if at is None else None,
+            several=at is None and (len(paths) > 1 or isinstance(key, list) or ... in paths[0]),
+            device=None if device is None else as_device(device),
+            optimizers=as_optimizers(optimizer),
+            scaler=as_scaler(scaler),
+            max_norm=None if max_grad_norm is None else positive("max_grad_norm", max_grad_norm),
         )
         if at is not None:
-            attach(at, self._flight)
+            attach(at, self._loop)
 
     def replay(self, loader: Iterable[Any]) -> Replay:
         """Wrap a loader so that each minibatch comes *m* times, its input perturbed by delta.
 
-        Wrap last: after `accelerator.prepare`, after any prefetching. The result can be iterated once per
-        epoch; its length is *m* times that of the loader; other attributes are the loader's own.
-        Every replay yields the batch in fresh containers, so changing it in place is safe.
+        Wrap last: after `accelerator.prepare`, after any prefetching. Its length is *m* times that of the
+        loader; other attributes are the loader's own. Every replay yields the batch in fresh containers.
 
         Args:
-            loader: Any iterable of batches: tensors, or tuples, lists and mappings of them. The input, at
-                `key`, has shape (N, ...) and a floating dtype; channels are dimension 1.
+            loader: Any iterable of batches. The input, at `key`, has shape (N, ...) and a floating dtype;
+                channels are dimension 1.
 
         Raises:
             RuntimeError: In the loop: a replay received no gradient, or a newer one was started.
             ValueError: In the loop: a batch lies outside `bounds`, or has nothing at `key`.
             TypeError: In the loop: the input is not a floating-point tensor.
         """
-        return Replay(self._flight, loader)
+        return Replay(self._loop, loader)
 
     def step(self, loss: Tensor) -> None:
         """Move the weights and delta with one backward pass: use it instead of zero_grad, backward, step.
 
-        With `accumulate`, call it for each micro-batch; the optimizer moves after the last one.
-        The loss is weighted by the micro-batch's share of the minibatch, so do not divide it.
+        With `accumulate`, call it for each micro-batch, the loss not divided: it is weighted by the
+        micro-batch's share of the minibatch, and the optimizer moves after the last one.
 
         Args:
             loss: A scalar, the mean over the batch that `replay` has just yielded.
@@ -141,49 +149,52 @@ class FreeAdversarial:
             TypeError: `loss` is not a tensor.
             ValueError: `loss` is not a scalar.
         """
-        self._optimizers.demand()
-        minibatch = self._flight.settle()
-        if minibatch is None or (index := minibatch.waiting) is None:
-            raise RuntimeError(
-                "step() expects one call for each batch of replay(): call it once inside "
-                "`for x, y in free.replay(loader):`"
-            )
-        scalar("loss", loss, CURES)
-        self._optimizers.train(minibatch, index, loss)
+        step(self._loop, loss)
 
     def skip(self) -> None:
-        """Leave out the other replays of a minibatch that has failed, where its error is caught.
-
-        Raises:
-            RuntimeError: There is no minibatch in flight.
-        """
-        self._flight.skip()
+        """Leave out the other replays of a minibatch that has failed, where its error is caught."""
+        if self._loop.settle() is None:
+            raise RuntimeError(
+                "skip() expects a minibatch in flight: call it inside "
+                "`for x, y in free.replay(loader):`"
+            )
+        self._loop.leave()
 
     def epochs(self, n: int) -> int:
         """Epochs over the replayed loader that cost as much as `n` natural ones: `ceil(n / m)`."""
-        return -(-count("n", n) // self._flight.replays)
+        return -(-count("n", n) // self._loop.replays)
 
     @property
     def last(self) -> bool:
         """Whether the latest batch ends its group, so that the weights move: no time for DDP's `no_sync`."""
-        minibatch = self._flight.minibatch
-        return minibatch is not None and not len(minibatch.slots) % len(minibatch.batches)
+        group = self._loop.group
+        return group is not None and not len(group.slots) % len(group.batches)
 
     @property
-    def delta(self) -> Tensor | None:
-        """A copy of the rows of delta that the latest batch used, in pixel units; None before the first."""
-        latest = self._flight.latest
-        return None if latest is None else self._flight.perturbation[latest[1]].clone()
+    def delta(self) -> Tensor | list[Tensor] | None:
+        """A copy of the rows of delta that the latest batch used, in pixel units; None before the first.
+
+        A list for several inputs. With `at` the rows of all calls for this batch, one after the other; a
+        list if their samples differ in shape.
+        """
+        delta = self._loop.delta
+        return self._latest([delta[rows].reshape(x.shape) for x, rows in delta.latest])
 
     @property
-    def clean(self) -> Tensor | None:
-        """A copy of the latest batch's input (output of `at`) without delta, for losses such as TRADES."""
-        return None if self._flight.latest is None else self._flight.latest[0].detach().clone()
+    def clean(self) -> Tensor | list[Tensor] | None:
+        """A copy of the latest batch's input (output of `at`) without delta; a list where `delta` is one."""
+        return self._latest([x for x, _ in self._loop.delta.latest])
+
+    def _latest(self, tensors: list[Tensor]) -> Tensor | list[Tensor] | None:
+        copies = [t.clone() for t in tensors]
+        if self._loop.several or len({t.shape[1:] for t in copies}) > 1:
+            return copies or None
+        return torch.cat(copies) if len(copies) > 1 else copies[0] if copies else None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a later run needs to go on where this one is.
 
-        Take it after the weights have moved. Taken between a batch and its `step`, it repeats that replay.
+        Taken between a batch and its `step`, it repeats that replay.
 
         Returns:
             A dict of tensors and plain values, for `torch.save`:
@@ -195,7 +206,7 @@ class FreeAdversarial:
             - `minibatch`: the list of batches in flight, or None.
             - `done`: how many replays of them have been made.
         """
-        return states.dump(self._flight)
+        return states.dump(self._loop)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`: the next `replay` first yields what is left of its minibatch.
@@ -203,17 +214,15 @@ class FreeAdversarial:
         Raises:
             ValueError: The state is malformed or was made with other settings. Nothing is changed.
             TypeError: The state, or an entry of it, has the wrong type. Nothing is changed.
-
-        A warning tells of a state that another rank has saved.
         """
-        states.load(self._flight, state)
+        states.load(self._loop, state)
 
     def __enter__(self) -> FreeAdversarial:
         return self
 
     def __exit__(self, *exc: object) -> None:
         """Drop delta and any batch in flight."""
-        self._flight.clear()
+        self._loop.clear()
 
     def __repr__(self) -> str:
-        return f"FreeAdversarial({self.threat}, replays={self._flight.replays})"
+        return f"FreeAdversarial({self.threat}, replays={self._loop.replays})"

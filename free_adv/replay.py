@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
-from free_adv.batches import move
-from free_adv.minibatch import Flight, Minibatch
+from free_adv.batch import find, tensors
+from free_adv.loop import Group, Loop
 
 
 class Replay:
@@ -22,25 +23,25 @@ class Replay:
     Attributes that it does not own are read from and written to the wrapped loader.
     """
 
-    _flight: Flight
-    _loader: Iterable[Any]
+    _loop: Loop
+    _loader: Any
     _warned: bool
 
-    def __init__(self, flight: Flight, loader: Iterable[Any]) -> None:
+    def __init__(self, loop: Loop, loader: Iterable[Any]) -> None:
         if isinstance(loader, Replay):
             raise ValueError("loader is a replay already: iterate it as it is, or wrap its loader")
         if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
             module = hasattr(loader, "train_dataloader")  # a data module of Lightning
             cure = ": wrap what its train_dataloader() returns" if module else ""
             raise TypeError(f"loader must be iterable, got {type(loader).__name__}{cure}")
-        self.__dict__.update(_flight=flight, _loader=loader, _warned=False)
+        self.__dict__.update(_loop=loop, _loader=loader, _warned=False)
 
     def __len__(self) -> int:
-        return self._flight.replays * len(self._loader)  # type: ignore[arg-type]
+        return self._loop.replays * len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
-        flight = self._flight
-        if not self._warned and _unsharded(self._loader):
+        loop, loader = self._loop, self._loader
+        if not self._warned and _unsharded(loader):
             self.__dict__["_warned"] = True
             warnings.warn(
                 "every rank trains on all the data: this DataLoader is not split between the ranks of "
@@ -48,35 +49,55 @@ class Replay:
                 "DistributedSampler; ignore this if the dataset itself is already split by rank",
                 stacklevel=2,
             )
-        source = _Source(self._loader, flight)  # if the loader raises here, nothing has changed
-        me = flight.open()
+        # If the loader raises here, nothing has changed.
+        chunks = _chunks(iter(loader), loader, loop.accumulate)
+        ended = False  # Accelerate's flag, see below
+        me = loop.open()
+        # A loop that steps by itself shows its optimizer when it does.
+        watch = register_optimizer_step_pre_hook(
+            lambda optimizer, *_: _warn_of_far(loop, optimizer)
+        )
         try:
-            while minibatch := flight.minibatch or source.read():
-                while minibatch.left:
+            while True:
+                if (group := loop.group) is None:
+                    loop.delta.forget()
+                    if (batches := next(chunks, None)) is None:
+                        return
+                    ended = getattr(loader, "end_of_dataloader", False)
+                    seen = len(loop.delta.seen)
+                    group = loop.read(batches)
+                    for optimizer in loop.optimizers[:1]:
+                        _warn_of_far(loop, optimizer)
+                    if len(loop.delta.seen) > seen:
+                        _warn_of_others(loop, group, batches)
+                while group.todo:
                     if torch.is_inference_mode_enabled():
                         raise RuntimeError(
                             "replay() was iterated under torch.inference_mode(), where nothing "
                             "receives a gradient: iterate it outside"
                         )
-                    batch = minibatch.next()
-                    source.mark(last=not minibatch.left)
-                    flight.resumed = False
+                    batch = group.next()
+                    if ended:  # for Accelerate, only the last replay is that of the last batch
+                        loader.end_of_dataloader = not group.todo
+                    loop.resumed = False
                     yield batch
-                    if flight.newest is not me:
+                    if loop.newest is not me:
                         raise RuntimeError(
                             "this replay was replaced by a newer one of the same FreeAdversarial: iterate "
                             "the newest, and give loops that run side by side one object each"
                         )
-                    if flight.minibatch is not minibatch:  # skipped
+                    if loop.group is not group:  # skipped
                         break
-                    minibatch.demand()
-                flight.minibatch = None
+                    loop.demand(group)
+                else:
+                    loop.leave()
         finally:
-            if flight.newest is me:
-                flight.newest = None
+            watch.remove()
+            if loop.newest is me:
+                loop.newest = None
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("_flight", "_loader"):  # not set up yet: copy and pickle look here first
+        if name in ("_loop", "_loader"):  # not set up yet: copy and pickle look here first
             raise AttributeError(name)
         return getattr(self._loader, name)
 
@@ -84,40 +105,50 @@ class Replay:
         setattr(self._loader, name, value)
 
     def __repr__(self) -> str:
-        return f"Replay({self._loader!r}, replays={self._flight.replays})"
+        return f"Replay({self._loader!r}, replays={self._loop.replays})"
 
 
-class _Source:
-    """The wrapped loader while it is read."""
+def _chunks(batches: Iterator[Any], loader: Any, size: int) -> Iterator[list[Any]]:
+    """Up to `size` batches at a time, never past the loader's end, where it may begin to clear up."""
+    left = length_hint(loader, 0) if size > 1 else 0  # no other needs it
+    while chunk := list(islice(batches, min(size, left) or size)):
+        left = max(0, left - len(chunk))
+        yield chunk
 
-    def __init__(self, loader: Any, flight: Flight) -> None:
-        self.loader = loader
-        self.flight = flight
-        self.batches = iter(loader)
-        self.left = length_hint(loader, 0) if flight.accumulate > 1 else 0  # no other needs it
-        self.ended = False
 
-    def read(self) -> Minibatch | None:
-        """The next minibatch: one batch, or up to `accumulate`; the loader is read no further."""
-        flight = self.flight
-        flight.forget()
-        wanted = min(flight.accumulate, self.left) or flight.accumulate
-        batches = list(islice(self.batches, wanted))
-        if not batches:
-            return None
-        self.left = max(0, self.left - len(batches))
-        self.ended = getattr(self.loader, "end_of_dataloader", False)
-        if flight.device is not None:
-            batches = [move(batch, flight.device) for batch in batches]
-        minibatch = Minibatch(flight, batches)
-        flight.perturbation.begin(minibatch.rows)
-        flight.minibatch = minibatch
-        return minibatch
+def _warn_of_far(loop: Loop, optimizer: Any) -> None:
+    """Tell once if delta and its gradient cross from the host to the weights' device in each replay."""
+    if "device" in loop.told or loop.group is None or not loop.group.inputs:
+        return
+    loop.told.add("device")
+    here = loop.group.inputs[0][0][2].device
+    there = next((p.device for g in optimizer.param_groups for p in g["params"]), here)
+    if here.type == "cpu" != there.type:
+        warnings.warn(
+            f"the batches are on the CPU and the weights on {there}, so that delta and its gradient cross "
+            f"between them in every replay: pass FreeAdversarial(..., device={str(there)!r}), which moves "
+            "each batch once",
+            stacklevel=3,
+        )
 
-    def mark(self, last: bool) -> None:
-        """Keep the flag by which Accelerate knows its last batch true for the last replay only."""
-        if self.ended:
-            self.loader.end_of_dataloader = last
+
+def _warn_of_others(loop: Loop, group: Group, batches: list[Any]) -> None:
+    """Tell once of a tensor like an input that was not named."""
+    for batch, inputs in zip(batches, group.inputs or (), strict=False):
+        named = {path: find(batch, path)[0][1] for path, *_ in inputs}
+        shapes = {x.shape for x in named.values() if x.ndim > 1 and x[:1].numel() > 1}
+        for path, t in tensors(batch):
+            known = path in named or any(t is x for x in named.values())  # or is its own target
+            if known or t.is_nested or t.shape not in shapes or not t.is_floating_point():
+                continue
+            if "key" in loop.told:
+                return
+            loop.told.add("key")
+            warnings.warn(
+                f"the batch holds a tensor like its input at {path}, which stays as it is: if it is an input "
+                "too, such as a second view, name both, as in key=[0, 1]; ignore this if it is a target",
+                stacklevel=3,
+            )
 
 
 def _unsharded(loader: Any) -> bool:

@@ -10,43 +10,46 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from free_adv.batches import move, tree_map
+from free_adv.batch import move, rebuilt, tensors
 from free_adv.checks import describe
-from free_adv.minibatch import Flight, Minibatch
-from free_adv.perturbation import Perturbation
+from free_adv.delta import Delta
+from free_adv.loop import Group, Loop
 
 VERSION = 2
 KEYS = {"version", "settings", "rank", "delta", "minibatch", "done"}
 
 
-def dump(flight: Flight) -> dict[str, Any]:
+def dump(loop: Loop) -> dict[str, Any]:
     """See `FreeAdversarial.state_dict`."""
-    minibatch = flight.settle()
+    group = loop.settle()
     return {
         "version": VERSION,
-        "settings": _settings(flight),
+        "settings": _settings(loop),
         "rank": _rank(),
-        "delta": [buffer.clone() for buffer in flight.perturbation.buffers.values()],
+        "delta": [buffer.clone() for buffer in loop.delta.buffers.values()],
         # Copies: a view would take all the data that it is a view of into the file.
-        "minibatch": None if minibatch is None else [_copy(batch) for batch in minibatch.batches],
-        "done": 0 if minibatch is None else minibatch.done,
+        "minibatch": None if group is None else [_copy(batch) for batch in group.batches],
+        "done": 0 if group is None else group.done,
     }
 
 
-def load(flight: Flight, state: Any) -> None:
+def load(loop: Loop, state: Any) -> None:
     """See `FreeAdversarial.load_state_dict`."""
     try:
         state = _current(state)
-        _demand_settings(flight, state["settings"])
-        perturbation, minibatch = _read(flight, state)
+        _demand_settings(loop, state["settings"])
+        delta, group = _read(loop, state)
     except (ValueError, TypeError, MemoryError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:  # whatever else a malformed state may run into
         raise ValueError(f"state cannot be read: {error}") from error
-    flight.newest = flight.latest = None
-    flight.perturbation.buffers = perturbation.buffers
-    flight.minibatch, flight.resumed = minibatch, minibatch is not None
-    if state["rank"] not in (None, _rank()):
+    loop.leave()
+    loop.newest = None
+    loop.delta.load(delta.buffers)
+    if group is not None:
+        group.delta = loop.delta
+    loop.group, loop.resumed = group, group is not None
+    if state["rank"] != _rank():
         (theirs, of_theirs), (mine, of_mine) = state["rank"], _rank()
         warnings.warn(
             f"the state is that of rank {theirs} of {of_theirs}, but this is rank {mine} of {of_mine}, "
@@ -61,25 +64,24 @@ def _current(state: Any) -> dict[str, Any]:
     if not isinstance(state, Mapping):
         raise TypeError(f"state must be a dict, got {type(state).__name__}")
     version = state.get("version", VERSION)
-    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= VERSION:
+    if isinstance(version, bool) or version != VERSION:
         raise ValueError(
-            f"state has version {version!r}, but this release reads versions 1 to {VERSION}; load it "
-            "with the release that has saved it"
+            f"state has version {version!r}, but this release reads version {VERSION}; load it with the "
+            "release that has saved it"
         )
-    current: dict[str, Any] = {"rank": None, **state} if version == 1 else {**state}
-    if missing := KEYS.difference(current):
+    if missing := KEYS.difference(state):
         raise ValueError(
             f"state lacks {sorted(missing)}; it must come from FreeAdversarial.state_dict()"
         )
-    if unknown := set(current).difference(KEYS):
+    if unknown := set(state).difference(KEYS):
         raise ValueError(f"state has unknown entries {sorted(map(repr, unknown))}")
-    return current
+    return {**state, "rank": [*state["rank"]] if _is_list(state["rank"]) else state["rank"]}
 
 
-def _demand_settings(flight: Flight, theirs: Any) -> None:
+def _demand_settings(loop: Loop, theirs: Any) -> None:
     if not isinstance(theirs, Mapping):
         raise TypeError(f"state['settings'] must be a dict, got {type(theirs).__name__}")
-    for name, mine in _settings(flight).items():
+    for name, mine in _settings(loop).items():
         if not _same(theirs.get(name), mine):
             raise ValueError(
                 f"state was made with {name}={theirs.get(name)!r}, but this object has {name}={mine!r}; "
@@ -87,40 +89,40 @@ def _demand_settings(flight: Flight, theirs: Any) -> None:
             )
 
 
-def _read(flight: Flight, state: dict[str, Any]) -> tuple[Perturbation, Minibatch | None]:
+def _read(loop: Loop, state: dict[str, Any]) -> tuple[Delta, Group | None]:
     """What the state holds, checked, without touching what is in flight."""
     rank, batches, done = state["rank"], state["minibatch"], state["done"]
-    if rank is not None and not (
-        _is_list(rank) and len(rank) == 2 and all(map(_is_count, rank)) and rank[0] < rank[1]
-    ):
+    if not (_is_list(rank) and len(rank) == 2 and all(map(_is_count, rank)) and rank[0] < rank[1]):
         raise ValueError(f"state['rank'] must be [rank, number of ranks], got {rank!r}")
     if batches is not None and not (_is_list(batches) and batches):
         raise ValueError(f"state['minibatch'] must be a list of batches, got {batches!r:.80}")
-    if not _is_count(done) or done > (flight.replays if batches else 0):
+    if not _is_count(done) or done > (loop.replays if batches else 0):
         raise ValueError(f"state['done'] must be a number of replays made, got {done!r}")
-    twin = dataclasses.replace(flight, perturbation=_perturbation(flight, state["delta"]))
+    delta = _delta(loop.delta, state["delta"])
     if batches is None:
-        return twin.perturbation, None
-    if len(batches) > flight.accumulate:
+        return delta, None
+    if len(batches) > loop.accumulate:
         raise ValueError(
             f"state has a minibatch of {len(batches)} batches, but this object has "
-            f"accumulate={flight.accumulate}; construct it with the same settings"
+            f"accumulate={loop.accumulate}; construct it with the same settings"
         )
     batches = [_copy(batch) for batch in batches]
-    tree_map(_demand_values, batches)
-    if flight.device is not None:
-        batches = [move(batch, flight.device) for batch in batches]
-    shapes = _shapes(twin.perturbation)
-    minibatch = Minibatch(twin, batches, done)
-    if _shapes(twin.perturbation) != shapes:
-        found = ", ".join(map(describe, minibatch.inputs))
+    for _, t in tensors(batches):
+        if t.device.type == "meta":
+            raise ValueError(f"state has a minibatch without values: {describe(t)}")
+    if loop.device is not None:
+        batches = [move(batch, loop.device) for batch in batches]
+    shapes = _shapes(delta)
+    group = Group(delta, batches, loop.paths, loop.replays, done)
+    if _shapes(delta) != shapes:
+        found = ", ".join(describe(x) for inputs in group.inputs or () for _, _, x, _ in inputs)
         raise ValueError(f"state has a minibatch of {found}, but its delta has shapes {shapes}")
-    minibatch.flight = flight
-    return twin.perturbation, minibatch
+    return delta, group
 
 
-def _perturbation(flight: Flight, buffers: Any) -> Perturbation:
-    threat = flight.perturbation.threat
+def _delta(old: Delta, buffers: Any) -> Delta:
+    """A twin of `old` that holds copies of the saved buffers."""
+    threat, found = old.threat, {}
     if not _is_list(buffers):
         raise TypeError(f"state['delta'] must be a list of tensors, got {type(buffers).__name__}")
     for buffer in buffers:
@@ -137,12 +139,12 @@ def _perturbation(flight: Flight, buffers: Any) -> Perturbation:
         # Written so that NaN is refused.
         if buffer.numel() and not threat.distance(buffer).max() <= threat.eps * (1 + 1e-4):
             raise ValueError(f"state['delta'] leaves the ball of radius eps={threat.eps}: {what}")
-    old = flight.perturbation
-    new = Perturbation(threat, old.step_size, old.start)
-    new.load(buffers)
-    if len(new.buffers) < len(buffers):
+        found[tuple(buffer.shape[1:]), buffer.dtype] = buffer.clone()
+    if len(found) < len(buffers):
         raise ValueError("state['delta'] has several tensors for samples of the same shape")
-    if len(old.buffers) == len(new.buffers) == 1 and old.buffers.keys() != new.buffers.keys():
+    new = Delta(threat, old.step_size, old.start)
+    new.load(found)
+    if len(old.buffers) == len(found) == 1 and old.buffers.keys() != found.keys():
         raise ValueError(
             f"state has delta of shape {_shapes(new)[0]}, but this object has shape {_shapes(old)[0]}; "
             "construct a new FreeAdversarial to go on from this state"
@@ -150,8 +152,8 @@ def _perturbation(flight: Flight, buffers: Any) -> Perturbation:
     return new
 
 
-def _settings(flight: Flight) -> dict[str, Any]:
-    return {**dataclasses.asdict(flight.perturbation.threat), "replays": flight.replays}
+def _settings(loop: Loop) -> dict[str, Any]:
+    return {**dataclasses.asdict(loop.delta.threat), "replays": loop.replays}
 
 
 def _rank() -> list[int]:
@@ -161,17 +163,12 @@ def _rank() -> list[int]:
 
 
 def _copy(batch: Any) -> Any:
-    return tree_map(lambda t: t.detach().clone(), batch)
+    with torch.no_grad():
+        return rebuilt(batch)
 
 
-def _demand_values(t: Tensor) -> Tensor:
-    if t.device.type == "meta":
-        raise ValueError(f"state has a minibatch without values: {describe(t)}")
-    return t
-
-
-def _shapes(perturbation: Perturbation) -> list[tuple[int, ...]]:
-    return [tuple(buffer.shape) for buffer in perturbation.buffers.values()]
+def _shapes(delta: Delta) -> list[tuple[int, ...]]:
+    return [tuple(buffer.shape) for buffer in delta.buffers.values()]
 
 
 def _same(theirs: Any, mine: Any) -> bool:

@@ -74,14 +74,13 @@ class ThreatModel:
         stds = None if std is None else numbers("std", std)
         if stds is not None and min(stds) <= 0:
             raise ValueError(f"std must be positive, got {std!r}")
-        if means is not None and stds is not None and len(means) != len(stds):
-            if 1 not in (len(means), len(stds)):
+        if means is not None and stds is not None:
+            channels = max(len(means), len(stds))
+            if {len(means), len(stds)} - {1, channels}:
                 raise ValueError(
                     f"mean and std must have one entry per channel, got {len(means)} and {len(stds)}"
                 )
-            channels = max(len(means), len(stds))
-            means = means * (channels // len(means))
-            stds = stds * (channels // len(stds))
+            means, stds = (v * (channels // len(v)) for v in (means, stds))
         values = {"eps": eps, "norm": norm, "bounds": box, "mean": means, "std": stds}
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -89,17 +88,13 @@ class ThreatModel:
     def to_pixels(self, x: Tensor) -> Tensor:
         """`x` with the loader's normalisation undone, in float32 or float64."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if self.mean is None or self.std is None:
-            return x
-        mean, std = (_channels(v, x.ndim, x.dtype, x.device) for v in (self.mean, self.std))
-        return x * std + mean
+        _, _, mean, std = self._units(x)
+        return x if std is None else x * std + mean
 
     def from_pixels(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         """The inverse of `to_pixels`, as `dtype`."""
-        if self.mean is not None and self.std is not None:
-            like = pixels.ndim, pixels.dtype, pixels.device
-            pixels = (pixels - _channels(self.mean, *like)) / _channels(self.std, *like)
-        return pixels.to(dtype)
+        _, _, mean, std = self._units(pixels)
+        return (pixels if std is None else (pixels - mean) / std).to(dtype)
 
     def perturb(self, x: Tensor, delta: Tensor) -> Tensor:
         """Move `x` by `delta` and hold it inside the bounds; values already outside stay free to come back.
@@ -113,47 +108,44 @@ class ThreatModel:
             in `delta`'s precision and cast last.
         """
         z = x.to(delta.dtype)
-        low: Any
-        high: Any
-        low, high = self.bounds or (None, None)
-        if self.mean is None or self.std is None:
-            moved = z + delta
-        else:
-            mean, std = (_channels(v, z.ndim, z.dtype, z.device) for v in (self.mean, self.std))
-            moved = z + delta / std
-            low, high = (None if b is None else (b - mean) / std for b in (low, high))
+        low, high, _, std = self._units(z)
+        moved = z + delta if std is None else torch.addcdiv(z, delta, std)
         if low is not None:
             # A stray value of x widens the range to itself, so that nothing moves by more than eps.
-            moved = torch.clamp(moved, z.clamp(max=low), z.clamp(min=high))
+            moved.clamp_(z.clamp(max=low), z.clamp(min=high))
         return moved.to(x.dtype)
 
     def ascend(self, delta: Tensor, grad: Tensor, step_size: float) -> None:
         """Take one step of steepest ascent from `delta`, in place, and project onto the ball.
 
-        For linf the step is `step_size * sign(grad)`, for l2 `step_size * grad / ||grad||` per
-        sample. Entries of the gradient that are not finite count as zero, and a zero gradient moves
-        nothing. Positive multiples of the loss take the same step.
+        For linf the step is `step_size * sign(grad)`, for l2 `step_size * grad / ||grad||` per sample.
+        Entries of the gradient that are not finite count as zero; a zero gradient moves nothing.
 
         Args:
             delta: The perturbation in pixel units, shape (N, ...).
             grad: Gradient of the loss in the loader's units, of the same shape.
             step_size: Length of the step in pixel units.
         """
+        self.climb(delta, finite(grad, delta.dtype), step_size)
+
+    def climb(self, delta: Tensor, grad: Tensor, step_size: float) -> None:
+        """`ascend` for a finite gradient in delta's precision, whose memory is used up."""
         if not delta.numel():
             return
-        grad = grad.to(delta.dtype).nan_to_num(0.0, 0.0, 0.0)  # a new tensor
         # delta changes in one operation: an interrupt finds it in the ball.
         if self.norm == "linf":
-            moved = grad.sign_().mul_(step_size).add_(delta)
+            moved = torch.add(delta, grad.sign_(), alpha=step_size, out=grad)
             torch.clamp(moved, -self.eps, self.eps, out=delta)
             return
-        if self.std is not None:
-            grad = grad / _channels(self.std, grad.ndim, grad.dtype, grad.device)
+        std = self._units(grad)[3]
+        if std is not None:
+            grad.div_(std)
         # The largest entry is divided out first: squares of tiny gradients would underflow to 0.
         tiny = torch.finfo(grad.dtype).tiny
-        grad = grad / _per_sample(grad, math.inf).clamp(min=tiny)
-        moved = (grad / _per_sample(grad, 2).clamp(min=tiny)).mul_(step_size).add_(delta)
-        shrink = (self.eps / _per_sample(moved, 2).clamp(min=tiny)).clamp(max=1.0)
+        grad.div_(_per_sample(grad, math.inf).clamp_(min=tiny))
+        scale = _per_sample(grad, 2).clamp_(min=tiny**0.5).reciprocal_().mul_(step_size)
+        moved = torch.addcmul(delta, grad, scale, out=grad)
+        shrink = _per_sample(moved, 2).clamp_(min=tiny).reciprocal_().mul_(self.eps).clamp_(max=1)
         torch.mul(moved, shrink, out=delta)
 
     def randomise(self, delta: Tensor, generator: torch.Generator | None = None) -> None:
@@ -171,9 +163,8 @@ class ThreatModel:
     def displacement(self, x: Tensor, x_adv: Tensor) -> Tensor:
         """How far `x_adv` is from `x`, in pixel units; both are in the loader's units."""
         delta = x_adv.to(torch.promote_types(x_adv.dtype, torch.float32)) - x
-        if self.std is not None:
-            delta *= _channels(self.std, delta.ndim, delta.dtype, delta.device)
-        return delta
+        std = self._units(delta)[3]
+        return delta if std is None else delta.mul_(std)
 
     def distance(self, delta: Tensor) -> Tensor:
         """Norm of each sample of `delta`, shape (N, ...), as a tensor of shape (N,)."""
@@ -185,20 +176,30 @@ class ThreatModel:
         Raises:
             TypeError: `x` is not a dense floating-point tensor.
             ValueError: `x` has no batch dimension, has other channels than `mean` and `std`, holds
-                values that are not finite, or lies outside `bounds`. Stray values, such as the noise
-                that RandomErasing writes into normalised images, are let pass.
+                values that are not finite, or lies outside `bounds` but for some stray ones.
         """
         self.check_form(x)
         self.check_values(x)
 
     def check_form(self, x: Tensor) -> None:
-        """The part of `check` that looks at no value, for which the host would wait."""
+        """The part of `check` for which the host need not wait."""
         dense(x, 1 if self.mean is None else len(self.mean))
 
     def check_values(self, x: Tensor) -> None:
-        """The part of `check` that looks at the values."""
-        if x.numel():
+        """The part of `check` that looks at the values, where there are any."""
+        if x.numel() and x.device.type != "meta":
             inside(self.to_pixels(x.detach()), self.bounds, describe(x))
+
+    def _units(self, x: Tensor) -> tuple[Any, Any, Any, Any]:
+        """The bounds in the loader's units, mean and std, so that they broadcast over the batch `x`."""
+        if self.mean is None or self.std is None:
+            return *(self.bounds or (None, None)), None, None
+        return _normalised(self.bounds, self.mean, self.std, x.ndim, x.dtype, x.device)
+
+
+def finite(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of a gradient in that precision, in which entries that are not finite are zero."""
+    return grad.detach().to(dtype).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _per_sample(t: Tensor, order: float) -> Tensor:
@@ -210,8 +211,16 @@ def _per_sample(t: Tensor, order: float) -> Tensor:
 
 @functools.lru_cache(maxsize=64)  # made once: a copy from the host would make it wait for the GPU
 @torch.inference_mode(False)
-def _channels(
-    values: tuple[float, ...], ndim: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Numbers per channel as a tensor that broadcasts along dimension 1 of a batch."""
-    return torch.tensor(values, dtype=dtype, device=device).reshape(-1, *[1] * max(0, ndim - 2))
+def _normalised(
+    bounds: tuple[float, float] | None,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    ndim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Any, Any, Tensor, Tensor]:
+    """Bounds in the loader's units, mean and std, per channel: along dimension 1 of a batch."""
+    tensors = (torch.tensor(v, dtype=dtype, device=device) for v in (mean, std))
+    m, s = (t.reshape(-1, *[1] * max(0, ndim - 2)) for t in tensors)
+    low, high = (None, None) if bounds is None else ((b - m) / s for b in bounds)
+    return low, high, m, s

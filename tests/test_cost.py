@@ -54,7 +54,6 @@ def test_device_copies_a_batch_once_for_all_its_replays():
     copies = []
     for replays in (1, 6):
         free = FreeAdversarial(eps=0.1, replays=replays, device="meta", bounds=None)
-        free._flight.perturbation.load([torch.zeros(4, 2, 5, 5)])  # meta has no values to check
         with Operators() as operators:
             for x, y in free.replay(batches((4, 4, 4))):
                 assert x.device.type == y.device.type == "meta"
@@ -114,9 +113,9 @@ def test_a_replay_adds_delta_its_gradient_and_one_copy_of_the_input():
     before = alive()
     for (x,) in free.replay([(clean,)]):
         (x * weight).sum().backward()
-        (leaf,) = free._flight.minibatch.slots[0].leaves.values()
+        (leaf,) = free._loop.group.slots[0].leaves.values()
         grad = leaf.grad
-        delta = next(iter(free._flight.perturbation.buffers.values()))
+        delta = next(iter(free._loop.delta.buffers.values()))
         new = alive() - before
         expected = (t.untyped_storage().data_ptr() for t in (delta, grad, x))
         assert new == set(expected)
@@ -138,7 +137,7 @@ def test_what_a_replay_leaves_goes_at_once_without_a_garbage_collection(key):
             moved = moved[0] if key == 0 else moved["inputs"][0]
             loss = (moved * weight).sum()
             loss.backward()
-            (leaf,) = free._flight.minibatch.slots[0].leaves.values()
+            (leaf,) = free._loop.group.slots[0].leaves.values()
             inputs.append(weakref.ref(moved))
             grads.append(weakref.ref(leaf.grad))
             del moved, leaf  # the loop keeps its loss, as loops do

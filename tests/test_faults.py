@@ -62,7 +62,7 @@ class Training:
         """The same with a backward pass of the loop's own, for groups that are not short."""
         for x, y in self.free.replay(loader):
             ends = self.free.last
-            (loss_of(self.model, x, y) / self.free._flight.accumulate).backward()
+            (loss_of(self.model, x, y) / self.free._loop.accumulate).backward()
             if ends:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -634,10 +634,11 @@ class Interrupt:
 
 
 # Where weights and delta move, one after the other.
-MOVES = {("optimizers.py", "_step"), ("minibatch.py", "take_in"), ("slot.py", "ascend")}
-MOVES |= {("slot.py", "forget"), ("perturbation.py", "ascend"), ("threat.py", "ascend")}
+MOVES = {("step.py", "_move_weights"), ("loop.py", "take_in"), ("delta.py", "forget")}
+MOVES |= {("delta.py", "ascend"), ("threat.py", "climb")}
+MOVES |= {("replay.py", "_warn_of_far"), ("replay.py", "<lambda>")}  # in a step of the loop's own
 # Where a minibatch has left the loader and the object does not hold it yet.
-READS = [("replay.py", "read"), ("replay.py", "__iter__")]
+READS = {("replay.py", "_chunks"), ("loop.py", "read")}
 
 
 def interrupts(way, norm, accumulate, each=1, instructions=False):
@@ -656,7 +657,7 @@ def interrupts(way, norm, accumulate, each=1, instructions=False):
         assert in_ball(run)
         taken = len(loader) - len(rest)
         starts = {"state": taken}
-        if interrupt.stack[0] == READS[1] or READS[0] in interrupt.stack:
+        if interrupt.stack[0] == ("replay.py", "__iter__") or READS & set(interrupt.stack):
             starts["reading anew"] = taken - accumulate
         cures = (
             cure

@@ -56,8 +56,8 @@ def algorithm_1(k=1, sizes=SIZES, clip=None, *, ahead=False, shrink=False, autoc
 def counting(free):
     """Count the gradients that are taken in."""
     taken = []
-    ascend = free._flight.perturbation.ascend
-    free._flight.perturbation.ascend = lambda rows, grad: (taken.append(1), ascend(rows, grad))
+    ascend = free._loop.delta.ascend
+    free._loop.delta.ascend = lambda rows, grad: (taken.append(1), ascend(rows, grad))
     return taken
 
 

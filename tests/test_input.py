@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from free_adv import FreeAdversarial
-from free_adv.perturbation import SHAPES
+from free_adv.delta import SHAPES
 from tests.reference import batches, network
 
 EPS = 0.1

@@ -294,17 +294,120 @@ def test_a_checkpointed_module_runs_twice_and_is_moved_once():
 
 
 @pytest.mark.parametrize("start", ["carry", "uniform"])
-def test_a_module_that_runs_twice_gets_the_same_delta_twice(start):
+def test_calls_before_a_backward_pass_have_rows_of_their_own(start):
     model, _, free = reader(start=start)
+    first, second = texts((5, 5))
     seen = []
     model.embedding.register_forward_hook(lambda module, arguments, out: seen.append(out))
-    for batch in free.replay(texts((5,))):
+    for batch in free.replay([first]):
         seen.clear()
-        loss = loss_of(model, batch) + loss_of(model, batch)
-        assert torch.equal(*seen)
-        assert torch.equal(seen[0], model.embedding.weight[batch["words"]] + free.delta)
+        loss = loss_of(model, batch) - loss_of(model, second)
+        clean = torch.cat([model.embedding.weight[b["words"]] for b in (batch, second)])
+        torch.testing.assert_close(torch.cat(seen), clean + free.delta, atol=1e-12, rtol=0)
+        assert torch.equal(free.clean, clean)
+        assert len(free.delta) == 8
         free.step(loss)
+    one, two = free.delta.split(4)
+    assert (one != 0).any()
+    assert (two != 0).any()
+    assert not torch.equal(one, two)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_host_that_cuts_micro_batches_trains_as_one_that_does_not(k):
+    """The rows go on after each backward pass: two halves are the whole batch, for each of k batches."""
+    results = []
+    for cuts in (1, 2):
+        model, sgd, free = reader(optimizer=False, accumulate=k)
+        for i, batch in enumerate(free.replay(texts((5, 5, 7, 7)))):
+            for part in range(cuts):
+                rows = slice(part * 4 // cuts, (part + 1) * 4 // cuts)
+                half = {name: value[rows] for name, value in batch.items()}
+                (loss_of(model, half) / cuts).backward()
+            assert free.delta.shape[0] == 4
+            if i % k == k - 1:
+                sgd.step()
+                sgd.zero_grad()
+        results.append([*model.parameters(), *free.state_dict()["delta"]])
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-12, rtol=0)
+
+
+def test_a_second_pass_over_the_batch_begins_again_and_its_gradient_adds_up():
+    """As the second pass of SAM, or a closure that LBFGS calls again."""
+    model, _, free = reader(optimizer=False, replays=1, norm="linf", start="uniform")
+    for batch in free.replay(texts((5,))):
+        loss_of(model, batch).backward()
+        before = free.delta
+        (-3 * loss_of(model, batch)).backward()
+        assert torch.equal(free.delta, before)
+    other, _, once = reader(optimizer=False, replays=1, norm="linf", start="zero")
+    for batch in once.replay(texts((5,))):
+        other.load_state_dict(model.state_dict())
+        for p in other.parameters():
+            p.grad = None
+        once._loop.delta.buffers = {k: before.clone() for k in once._loop.delta.buffers}
+        (-2 * loss_of(other, batch)).backward()
+    # The sum of both gradients points where -2 times the loss does.
+    expected = (before + 0.3 * (once.delta - before).sign()).clamp(-0.3, 0.3)
+    torch.testing.assert_close(free.delta, expected)
+
+
+def test_a_forward_pass_that_was_given_up_takes_no_rows():
+    model, _, free = reader(optimizer=False)
+    for batch in free.replay(texts((5,))):
+        model(batch["words"])  # for a log, say
+        loss_of(model, batch).backward()
+        assert len(free.delta) == 4
     assert (free.delta != 0).any()
+
+
+def test_a_call_whose_output_the_loss_does_not_use_is_refused():
+    model, _, free = reader(optimizer=False)
+    with pytest.raises(RuntimeError, match="output the loss does not use"):
+        for batch in free.replay(texts((5,))):
+            unused = model(batch["words"])
+            loss_of(model, batch).backward()
+    del unused
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning")  # torch 2.4 inside
+@pytest.mark.parametrize("together", [False, True])
+def test_checkpointed_calls_of_one_shape_are_moved_again_as_they_were(together):
+    first, second = texts((5, 5))
+    results = []
+    for checkpointed in (False, True):
+        model, sgd, free = reader(optimizer=False)
+
+        def part(words, model=model):
+            return model.head(model.embedding(words).mean(1))
+
+        def both(one, two, part=part):
+            return part(one) - part(two)
+
+        for batch in free.replay([first]):
+            words = batch["words"], second["words"]
+            if not checkpointed:
+                logits = both(*words)
+            elif together:
+                logits = checkpoint(both, *words, use_reentrant=False)
+            else:
+                one, two = (checkpoint(part, w, use_reentrant=False) for w in words)
+                logits = one - two
+            sgd.zero_grad()
+            functional.cross_entropy(logits, batch["label"]).backward()
+            sgd.step()
+        results.append([*model.parameters(), *free.state_dict()["delta"]])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning")  # torch 2.4 inside
+def test_a_checkpoint_of_two_calls_that_cannot_be_told_apart_is_refused():
+    model, _, free = reader(optimizer=False)
+    with pytest.raises(RuntimeError, match="which of its calls"):
+        for batch in free.replay(texts((5,))):
+            twice = lambda w: model.embedding(w).mean(1) * model.embedding(w).mean(1)  # noqa: E731
+            checkpoint(twice, batch["words"], use_reentrant=False).square().sum().backward()
 
 
 def test_outputs_of_several_shapes_have_a_delta_each():
@@ -478,7 +581,7 @@ def test_what_is_kept_of_an_object_that_is_gone_is_nothing():
     model, _, free = reader()
     for batch in free.replay(texts((5,))):
         free.step(loss_of(model, batch))
-    delta = weakref.ref(free._flight.perturbation)
+    delta = weakref.ref(free._loop.delta)
     del free
     gc.collect()
     assert delta() is None
@@ -500,4 +603,4 @@ def test_what_is_kept_of_the_latest_output_has_no_graph():
     model, _, free = reader()
     for batch in free.replay(texts((5,))):
         free.step(loss_of(model, batch))
-        assert not free._flight.latest[0].requires_grad
+        assert not free._loop.delta.latest[0][0].requires_grad

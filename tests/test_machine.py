@@ -26,7 +26,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from free_adv import FreeAdversarial, perturbation
+from free_adv import FreeAdversarial, delta
 
 EPS, SHAPES = 0.125, 3  # the machine keeps three shapes, so that it comes to forget some
 STEPS = int(os.environ.get("STEPS", 20_000))  # of the long form
@@ -137,6 +137,7 @@ class Due:
     key: tuple
     rows: slice
     grad: torch.Tensor | None = None
+    over: bool = False  # a gradient would come too late
 
 
 @dataclasses.dataclass(eq=False)
@@ -153,13 +154,22 @@ class Model:
 
     def __init__(self, norm, m, k, start):
         self.norm, self.m, self.k, self.start = norm, m, k, start
-        self.delta = {}  # by sample shape and precision; the one last in use comes last
         self.weight, self.gradient = 0.0, 0.0
-        self.forget()
+        self.group, self.done, self.due, self.past, self.resumed = None, 0, [], [], False
+        self.begin({})
 
-    def forget(self):
-        self.group, self.done, self.due, self.resumed = None, 0, [], False
+    def begin(self, delta):
+        """Begin anew with this delta."""
+        self.leave()
+        self.delta = delta  # by sample shape and precision; the one last in use comes last
+        self.seen = set(delta)  # what has been looked at
         self.running = self.latest = None
+
+    def leave(self):
+        """Drop what is in flight: its time is over."""
+        for due in self.past + self.due:
+            due.over = True
+        self.group, self.done, self.due, self.past, self.resumed = None, 0, [], [], False
 
     @property
     def settings(self):
@@ -173,6 +183,7 @@ class Model:
         old = self.delta.pop(key, torch.zeros(0, *x.shape[1:], dtype=key[1]))
         more = torch.zeros(max(0, taken[key] - len(old)), *x.shape[1:], dtype=key[1])
         self.delta[key] = torch.cat((old, more))
+        self.seen.add(key)
         return key, slice(first, taken[key])
 
     def read(self, epoch):
@@ -194,11 +205,11 @@ class Model:
             if item.kind == "malformed":
                 return TypeError, ValueError
             key = (tuple(item.x.shape[1:]), torch.promote_types(item.x.dtype, torch.float32))
-            if item.kind == "hostile" and item.x.numel() and key not in self.delta:
+            if item.kind == "hostile" and item.x.numel() and key not in self.seen:
                 return ValueError
             places.append((item.x.detach(), *self.place(item.x, taken)))
         if items:
-            self.group, self.done, self.due = places, 0, []
+            self.group, self.done, self.due, self.past = places, 0, [], []
             for _, key, rows in places:
                 if self.start == "zero":
                     self.delta[key][rows] = 0
@@ -220,6 +231,7 @@ class Model:
                     new = new * (EPS / new.norm(dim=1, keepdim=True).clamp(min=1e-30)).clamp(max=1)
                     new = new.reshape(delta.shape)
                 self.delta[due.key][due.rows] = new
+            self.past += self.due[:size]
             del self.due[:size]
             self.done += 1
 
@@ -234,7 +246,7 @@ class Model:
         if epoch.state == "new":
             self.take_in()
             if not self.resumed:
-                self.group, self.due = None, []
+                self.leave()
             self.running = epoch
             epoch.state = "running"
         elif self.running is not epoch:
@@ -248,13 +260,16 @@ class Model:
         while True:
             if self.group is not None and self.left:
                 break
-            self.group = None
+            self.leave()
             found = self.read(epoch)
             if found is False:
                 return StopIteration
             if found is not True:
                 return found
         self.resumed = False
+        for due in self.past:
+            due.over = True
+        self.past = []
         clean, key, rows = self.group[len(self.due) % len(self.group)]
         self.latest = clean, key, rows
         moved = clean.to(key[1]) + self.delta[key][rows]
@@ -266,11 +281,11 @@ class Machine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.epochs, self.states, self.yielded = [], [], []
-        self.limit = perturbation.SHAPES
-        perturbation.SHAPES = SHAPES
+        self.limit = delta.SHAPES
+        delta.SHAPES = SHAPES
 
     def teardown(self):
-        perturbation.SHAPES = self.limit
+        delta.SHAPES = self.limit
 
     @initialize(
         key=st.sampled_from([0, "x"]),
@@ -363,6 +378,7 @@ class Machine(RuleBasedStateMachine):
         return (due.moved * grad).sum(), grad
 
     def arrive(self, due, grad):
+        grad = grad.to(due.key[1]).nan_to_num(0, 0, 0)
         due.grad = grad if due.grad is None else due.grad + grad
 
     bads = st.sampled_from([None, None, None, 0.0, float("nan"), float("inf"), float("-inf")])
@@ -374,6 +390,10 @@ class Machine(RuleBasedStateMachine):
         self.count("backward passes")
         _, due = self.yielded[-1 if which else 0]
         loss, grad = self.loss(due, sign, bad)
+        if due.over:
+            made["batches that came again"] += 1
+            self.refused(loss.backward, RuntimeError)
+            return
         loss.backward()
         self.arrive(due, grad)
 
@@ -400,9 +420,10 @@ class Machine(RuleBasedStateMachine):
         share = sizes[index] / sum(sizes) if sum(sizes) else 1.0
         share = share if len(sizes) > 1 else 1.0
         model.gradient = share + (model.gradient if index else 0)
-        self.arrive(due, grad * share)
+        if not due.over:
+            self.arrive(due, grad * share)
         ends = index == len(sizes) - 1
-        if model.due[index].grad is None or (ends and broken):
+        if due.over or model.due[index].grad is None or (ends and broken):
             self.refused(lambda: free.step(loss), (RuntimeError, Broken))
             for d in model.due[: index + 1]:
                 d.grad = None
@@ -421,7 +442,7 @@ class Machine(RuleBasedStateMachine):
             return
         free.skip()
         model.take_in()
-        model.group, model.due, model.resumed = None, [], False
+        model.leave()
 
     @precondition(lambda self: self.epochs)
     @rule(which=st.integers(0, 3), how=st.sampled_from(["close", "throw", "forget"]))
@@ -471,8 +492,7 @@ class Machine(RuleBasedStateMachine):
             self.refused(lambda: free.load_state_dict(state), ValueError)
             return
         free.load_state_dict(state)
-        model.forget()
-        model.delta = {key: buffer.clone() for key, buffer in delta.items()}
+        model.begin({key: buffer.clone() for key, buffer in delta.items()})
         if group is not None:
             taken = {}
             model.group = [(x, *model.place(x, taken)) for x in group]
@@ -483,8 +503,7 @@ class Machine(RuleBasedStateMachine):
         free, model, *_ = self.pairs[who]
         with free:
             pass
-        model.forget()
-        model.delta = {}
+        model.begin({})
 
     def load_junk(self, who, what="state"):
         self.count("junk loaded")
@@ -539,7 +558,7 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def both_agree(self):
         for free, model, weight, _ in getattr(self, "pairs", []):
-            buffers = free._flight.perturbation.buffers
+            buffers = free._loop.delta.buffers
             assert list(buffers) == list(model.delta)
             for mine, buffer in zip(model.delta.values(), buffers.values(), strict=True):
                 torch.testing.assert_close(buffer, mine, atol=1e-6, rtol=0)

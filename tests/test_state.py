@@ -105,20 +105,6 @@ def test_a_state_holds_a_view_of_the_data_and_not_all_of_the_data():
     assert x.untyped_storage().nbytes() == 4 * 4 * 2 * 5 * 5
 
 
-def test_a_state_of_version_1_which_knew_no_ranks_goes_on():
-    model, _, free = make()
-    for x, y in itertools.islice(free.replay(batches()), 2):
-        free.step(functional.cross_entropy(model(x), y))
-    state = free.state_dict()
-    old = {name: state[name] for name in ("settings", "delta", "minibatch", "done")} | {
-        "version": 1
-    }
-    new = make()[2]
-    new.load_state_dict(through_a_file(old))
-    assert torch.equal(new.state_dict()["delta"][0], state["delta"][0])
-    assert sum(x.sum().backward() is None for x, _ in new.replay([])) == 1
-
-
 def test_a_state_of_another_rank_loads_with_a_warning():
     _, _, free = make()
     state = {**free.state_dict(), "rank": [1, 2]}
@@ -345,9 +331,7 @@ def test_a_state_that_is_none_is_refused_and_nothing_is_changed():
     before = free.state_dict()
     with pytest.raises(ValueError, match=r"state lacks .*'delta'"):
         free.load_state_dict({})
-    with pytest.raises(
-        ValueError, match="version 3, but this release reads versions 1 to 2; load it"
-    ):
+    with pytest.raises(ValueError, match="version 3, but this release reads version 2; load it"):
         free.load_state_dict({**before, "version": 3})
     with pytest.raises(ValueError, match="no key=0"):
         free.load_state_dict({**before, "delta": [], "minibatch": [{"x": 1}]})

@@ -37,7 +37,7 @@ NAFLEX = """\
 COUNTS = """\
     import atexit, json
     from collections import Counter
-    counts, perturbation = Counter(), free._flight.perturbation
+    counts, perturbation = Counter(), free._loop.delta
     for name in ('perturb', 'ascend'):
         def counted(*args, name=name, method=getattr(perturbation, name)):
             counts[name] += 1

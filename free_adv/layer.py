@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from free_adv.minibatch import Flight
+from free_adv.loop import Loop
 
 
-def attach(module: nn.Module, flight: Flight) -> None:
-    """Perturb the output of `module` in the replays of `flight`."""
+def attach(module: nn.Module, loop: Loop) -> None:
+    """Perturb the output of `module` in the replays of `loop`."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"at must be a torch.nn.Module, got {type(module).__name__}")
     for key, hook in list(module._forward_hooks.items()):
         if isinstance(hook, Hook):  # of an older object: two would move it further than eps
             del module._forward_hooks[key]
-    module.register_forward_hook(Hook(flight))
+    module.register_forward_hook(Hook(loop))
 
 
 class Hook:
@@ -28,8 +28,8 @@ class Hook:
     mode, where gradients are off, and in copies of the module, such as that of a moving average.
     """
 
-    def __init__(self, flight: Flight | None) -> None:
-        self._flight = (lambda: None) if flight is None else weakref.ref(flight)
+    def __init__(self, loop: Loop | None) -> None:
+        self._loop = (lambda: None) if loop is None else weakref.ref(loop)
         # What is in flight must not become part of a compiled graph.
         self._eager = torch.compiler.disable(self._perturb)  # type: ignore[no-untyped-call]
 
@@ -42,8 +42,8 @@ class Hook:
         return result
 
     def _perturb(self, module: nn.Module, output: Any) -> Tensor | None:
-        flight = self._flight()
-        if flight is None or flight.newest is None or flight.minibatch is None:
+        loop = self._loop()
+        if loop is None or loop.newest is None or loop.group is None:
             return None  # no loop is running
         if not isinstance(output, Tensor):
             raise TypeError(
@@ -52,8 +52,8 @@ class Hook:
             )
         # In a backward pass it is a checkpoint that runs the module again.
         if torch._C._current_graph_task_id() != -1:
-            return flight.minibatch.again(output)
-        return flight.minibatch.inside(output)
+            return loop.group.again(output)
+        return loop.group.inside(output)
 
     def __reduce__(self) -> tuple[type[Hook], tuple[None]]:
         return Hook, (None,)  # a copied or saved module is not in the loop

@@ -1,0 +1,228 @@
+"""What a loader yields, as a tree of containers with tensors for leaves."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from types import EllipsisType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Path = tuple[int | str | EllipsisType, ...]
+
+
+def as_paths(key: Any) -> list[Path]:
+    """The argument `key` as paths: a list is several of them, anything else is one."""
+    paths = [k if isinstance(k, tuple) else (k,) for k in (key if isinstance(key, list) else [key])]
+    good = (int, str, EllipsisType)
+    if not paths or not all(path and all(isinstance(k, good) for k in path) for path in paths):
+        raise TypeError(
+            "key must be an index, a name, `...` or a tuple of them, or a list of several such keys, "
+            f"got {key!r}"
+        )
+    return paths
+
+
+def find(batch: Any, path: Path) -> list[tuple[Path, Tensor]]:
+    """The tensors at `path`, each with the keys that lead to it; a bare tensor is its own element 0.
+
+    Raises:
+        ValueError: There is nothing at that path.
+        TypeError: What is there is not a tensor.
+    """
+    found: list[tuple[Path, Any]] = [((), batch)]
+    for key in () if isinstance(batch, Tensor) and path == (0,) else path:
+        try:
+            found = [((*to, k), v) for to, value in found for k, v in _at(value, key)]
+        except (LookupError, TypeError, AttributeError, ValueError):
+            found = []
+    if not found:
+        raise ValueError(
+            f"there is no {_name(path)} in the batch that the loader gave; {_hint(batch)}"
+        )
+    for _, value in found:
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"the input at {_name(path)} must be a tensor, got {type(value).__name__}; {_hint(batch)}"
+            )
+    return found
+
+
+def rebuilt(value: Any, new: Any = None) -> Any:
+    """`value` in fresh containers of the same types, its tensors cloned.
+
+    Args:
+        value: A batch or a part of it. It is never changed.
+        new: Dicts by key, nested as the containers are, down to the tensors to put in their places.
+    """
+    if isinstance(new, Tensor):
+        return new
+    if isinstance(value, Tensor):
+        return value.clone()
+    new = new or {}
+    children = _children(value, new)
+    if children is None:
+        return value
+    return _like(value, {k: rebuilt(child, new.get(k)) for k, child in children.items()})
+
+
+def nested(items: Iterable[tuple[Path, Tensor]]) -> Any:
+    """Tensors by path as the nested dicts that `rebuilt` takes."""
+    tree: Any = {}
+    for path, t in items:
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        if not path:
+            return t
+        node[path[-1]] = t
+    return tree
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """`value` with its tensors on `device`: by a `.to` of its own if it has one, else piece by piece."""
+    if isinstance(value, Tensor):
+        # A copy to the host must have arrived when it is read, and Metal reads while the host goes on.
+        return value.to(device, non_blocking=device.type not in ("cpu", "mps"))
+    own = getattr(value, "to", None)
+    if callable(own) and not isinstance(value, Mapping | type | nn.Module):
+        return copy.copy(value).to(device)
+    children = _children(value, {})
+    if children is None:
+        return value
+    return _like(value, {key: move(child, device) for key, child in children.items()})
+
+
+def tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    """Every tensor and the path to it."""
+    if isinstance(value, Tensor):
+        yield path, value
+    for key, child in (_children(value, {}) or {}).items():
+        yield from tensors(child, (*path, key))
+
+
+def length(batch: Any) -> int:
+    """How many samples a batch has: the length of its first tensor, 1 if there is none."""
+    return next((t.size(0) if t.ndim else 1 for _, t in tensors(batch)), 1)
+
+
+def plain(t: Tensor) -> Tensor:
+    """`t` as an ordinary tensor; what computes by itself, such as DTensor, stays as it is."""
+    mine = type(t) is Tensor or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return t if mine else Tensor.as_subclass(t, Tensor)
+
+
+def dressed(t: Tensor, like: Tensor) -> Tensor:
+    """The ordinary tensor `t` as what `like` is: its subclass and its metadata."""
+    if isinstance(like, nn.Parameter) or plain(like) is like:
+        return t
+    t = Tensor.as_subclass(t, type(like))
+    t.__dict__.update({name: copy.copy(value) for name, value in vars(like).items()})
+    return t
+
+
+def _at(value: Any, key: Any) -> list[tuple[Any, Any]]:
+    """What stands at one key of a container, with the key as `_children` takes it."""
+    if isinstance(value, Tensor | str):
+        raise TypeError
+    if key is ...:
+        if not isinstance(value, list | tuple):
+            raise TypeError
+        return list(enumerate(value))
+    if isinstance(value, list | tuple):  # negative indices; names of a named tuple
+        if isinstance(key, str):
+            key = value._fields.index(key)  # type: ignore[union-attr]
+        return [(range(len(value))[key], value[key])]
+    if isinstance(key, str) and not isinstance(value, Mapping) and hasattr(value, key):
+        return [(key, getattr(value, key))]
+    return [(key, value[key])]
+
+
+def _children(value: Any, on_path: Iterable[Any]) -> dict[Any, Any] | None:
+    """What a container holds, by key; of an object of the user's own its tensors, if it is on the path."""
+    if isinstance(value, Tensor | str):
+        return None
+    if isinstance(value, Mapping):
+        return {key: value[key] for key in value.keys()}  # noqa: SIM118 iteration may give others
+    if isinstance(value, list | tuple):
+        return dict(enumerate(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if not on_path:
+        return None
+    beside = {k: v for k, v in getattr(value, "__dict__", {}).items() if isinstance(v, Tensor)}
+    return {**beside, **{key: _at(value, key)[0][1] for key in on_path}}
+
+
+def _like(value: Any, children: dict[Any, Any]) -> Any:
+    """A container like `value` that holds `children` instead."""
+    if isinstance(value, tuple):
+        items = children.values()
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
+        return type(value)(children)  # type: ignore[call-arg]
+    twin = copy.copy(value)
+    if isinstance(value, list):
+        twin[:] = children.values()
+        return twin
+    for name, inner in getattr(twin, "__dict__", {}).items():
+        if isinstance(
+            inner, dict | list
+        ):  # where a container of the user's own keeps what it holds
+            twin.__dict__[name] = copy.copy(inner)
+    for key, child in children.items():
+        attribute = isinstance(key, str) and not isinstance(value, Mapping) and hasattr(value, key)
+        if not attribute:
+            twin[key] = child
+        elif dataclasses.is_dataclass(value):  # also a frozen one
+            object.__setattr__(twin, key, child)
+        else:
+            setattr(twin, key, child)
+    return twin
+
+
+def _name(path: Path) -> str:
+    shown = ", ".join("..." if k is ... else repr(k) for k in path)
+    return f"key={shown}" if len(path) == 1 else f"key=({shown})"
+
+
+def _hint(batch: Any) -> str:
+    """What the batch looks like, and which key its input probably has."""
+    what, children = f"it is a {type(batch).__name__}", _children(batch, ())
+    if children is None:
+        return what
+    shown = ", ".join(f"{k!r}: {type(v).__name__}" for k, v in list(children.items())[:8])
+    place = next((path for path, t in tensors(batch) if t.is_floating_point()), None)
+    return f"{what} with {{{shown}}}; {_cure(batch, place)}"
+
+
+def _cure(batch: Any, place: Path | None) -> str:
+    """The key to pass for the input at `place`: never that of one element of a list of its like."""
+    if not place:
+        return "name its place with key="
+    value, every = batch, list(place)
+    for i, key in enumerate(place):
+        inner = place[i + 1 :]
+        several = isinstance(value, list | tuple) if i else isinstance(value, list) and inner
+        if several and _alike(value, inner):
+            every[i] = ...
+        ((_, value),) = _at(value, key)
+    if ... not in every:
+        return f"perhaps {_name(place)}"
+    return (
+        f"perhaps {_name(tuple(every))} if each of them is one sample without a batch dimension; if each is "
+        "a batch, such as one of two views, a list of their keys"
+    )
+
+
+def _alike(values: Any, path: Path) -> bool:
+    """Whether there is a floating-point tensor at `path` in each of the values."""
+    try:
+        for key in path:
+            values = [_at(value, key)[0][1] for value in values]
+    except (LookupError, TypeError, AttributeError, ValueError):
+        return False
+    return all(isinstance(t, Tensor) and t.is_floating_point() for t in values)

@@ -1,0 +1,175 @@
+"""delta: the perturbation that is carried from minibatch to minibatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from free_adv.checks import LATE, positive
+from free_adv.threat import ThreatModel, finite
+
+Key = tuple[tuple[int, ...], torch.dtype]
+SHAPES = 16  # how many buffers are kept from one minibatch to the next
+
+
+class Rows(NamedTuple):
+    """The rows of one buffer that belong to one input of a batch."""
+
+    key: Key
+    start: int
+    stop: int
+
+
+class Slot:
+    """One batch that was yielded.
+
+    Attributes:
+        leaves: For the rows of delta that moved it, those rows as a leaf, which gets their gradient. With
+            `at` there is none until that module has run, and one for each of its calls.
+        over: Whether the loop has moved on, so that a gradient would come too late.
+        samples: How many samples the batch has.
+        left: How many of them have not been through the module `at`.
+        used: The rows of its calls so far.
+    """
+
+    def __init__(self, samples: int) -> None:
+        self.leaves: dict[Rows, Tensor] = {}
+        self.over = False
+        self.samples = self.left = samples
+        self.used: list[Rows] = []
+        self.graphs: dict[Rows, Callable[[], object]] = {}
+
+    @property
+    def waits(self) -> bool:
+        """Whether a gradient is still to come."""
+        for rows, graph in list(self.graphs.items()):
+            if graph() is None:  # of a forward pass that was given up: none will come
+                del self.graphs[rows]
+                if self.leaves[rows].grad is None:
+                    del self.leaves[rows]
+                    self.used.remove(rows)
+        return not self.leaves or any(leaf.grad is None for leaf in self.leaves.values())
+
+    def turn(self, size: int) -> None:
+        """A call of the module `at` with an output of that length begins."""
+        if not self.waits:  # after a backward pass: the rest of the batch, or all of it again
+            again = size > self.left
+            self.left = max(0, (self.samples if again else self.left) - size)
+            self.used = [] if again else self.used
+        elif not self.leaves:
+            self.used, self.left = [], max(0, self.samples - size)
+
+    def forget(self) -> None:
+        """Drop the gradients that have arrived: the batch begins anew."""
+        for leaf in self.leaves.values():
+            leaf.grad = None
+        if self.graphs:
+            self.leaves, self.graphs = {}, {}
+
+
+class Delta:
+    """One buffer per sample shape, in pixel units, as long as the largest minibatch seen.
+
+    A minibatch uses the leading rows, so a short last batch leaves the others as they are. Buffers
+    are float32 (float64 for float64 input) whatever the precision of the input, live on the device
+    of the input and have its layout. The sixteen shapes last in use are kept, in that order.
+    """
+
+    def __init__(self, threat: ThreatModel, step_size: float | None, start: str) -> None:
+        if start not in ("carry", "zero", "uniform"):
+            raise ValueError(f"start must be 'carry', 'zero' or 'uniform', got {start!r}")
+        self.threat = threat
+        self.step_size = threat.eps if step_size is None else positive("step_size", step_size)
+        self.start = start
+        self.load({})
+
+    def load(self, buffers: dict[Key, Tensor]) -> None:
+        """Hold these buffers; they follow the input to its device when next used."""
+        self.buffers = buffers
+        self.seen = set(buffers)  # the shapes whose values have been looked at
+        self.latest: list[tuple[Tensor, Rows]] = []  # what was moved last, and by which rows
+
+    def __getitem__(self, rows: Rows) -> Tensor:
+        return self.buffers[rows.key][rows.start : rows.stop]
+
+    def place(self, x: Tensor, before: Iterable[Rows] = ()) -> Rows:
+        """Assign rows to an input, behind those `before` it that share its sample shape."""
+        self.threat.check_form(x)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        key = (tuple(x.shape[1:]), dtype)
+        if key not in self.seen:
+            self.threat.check_values(x)
+        start = max((rows.stop for rows in before if rows.key == key), default=0)
+        rows = Rows(key, start, start + len(x))
+        # The last in use comes last. In one assignment: an interrupt finds the old buffers or the new ones.
+        others = {k: b for k, b in self.buffers.items() if k != key}
+        self.buffers = {**others, key: _fitted(self.buffers.get(key), x, rows)}
+        self.seen.add(key)
+        return rows
+
+    def begin(self, rows: Rows) -> None:
+        """Set delta as a new minibatch finds it: carried over, zero, or uniform in the ball."""
+        if self.start == "zero":
+            self[rows].zero_()
+        elif self.start == "uniform":
+            self.threat.randomise(self[rows])
+
+    def move(self, x: Tensor, rows: Rows, slot: Slot) -> Tensor:
+        """`x + delta` held inside the bounds; the gradient there arrives at the slot's leaf for these rows."""
+        leaf = slot.leaves.get(rows)
+        if leaf is None:
+            leaf = slot.leaves[rows] = self[rows].detach().requires_grad_()
+        with torch.enable_grad():
+            moved: Tensor = Move.apply(x, leaf, self.threat, slot)
+        return moved
+
+    def ascend(self, rows: Rows, grad: Tensor) -> None:
+        """One step of steepest ascent and projection of those rows (Algorithm 1 of the paper)."""
+        delta = self[rows]
+        self.threat.climb(delta, grad.to(delta.device), self.step_size)
+
+    def forget(self) -> None:
+        """Keep memory bounded where there is no end of shapes: drop those longest out of use."""
+        for key in list(self.buffers)[:-SHAPES]:
+            del self.buffers[key]
+        if any(rows.key not in self.buffers for _, rows in self.latest):
+            self.latest = []
+
+
+class Move(torch.autograd.Function):
+    """The sum of an input and its rows of delta, held inside the bounds.
+
+    The gradient at the sum goes to both as if it were not held. Nothing of the input is kept for it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, threat: ThreatModel, slot: Slot) -> Tensor:
+        """See `torch.autograd.Function`."""
+        ctx.set_materialize_grads(False)  # a gradient that does not come is no gradient of zeros
+        ctx.slot, ctx.dtype = slot, rows.dtype
+        return threat.perturb(x, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """See `torch.autograd.Function`."""
+        if grad is None:
+            return None, None, None, None
+        if ctx.slot.over:
+            raise RuntimeError(LATE)
+        # A copy: its producer may use that memory again, as CUDA graphs do.
+        return grad if ctx.needs_input_grad[0] else None, finite(grad, ctx.dtype), None, None
+
+
+def _fitted(old: Tensor | None, x: Tensor, rows: Rows) -> Tensor:
+    """The buffer, long enough and where `x` is."""
+    kept = 0 if old is None else len(old)
+    if old is not None and (not len(x) or (old.device == x.device and kept >= rows.stop)):
+        return old
+    like = x[:1].expand(max(rows.stop, kept), *x.shape[1:]) if len(x) else x
+    new = torch.zeros_like(like, dtype=rows.key[1])
+    if old is not None:
+        new[:kept] = old
+    return new
