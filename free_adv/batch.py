@@ -63,6 +63,8 @@ def rebuilt(value: Any, new: Any = None) -> Any:
     if isinstance(value, Tensor):
         return value.clone()
     new = new or {}
+    if type(value) in (tuple, list):  # nearly every batch
+        return type(value)([rebuilt(child, new.get(i)) for i, child in enumerate(value)])
     children = _children(value, new)
     if children is None:
         return value

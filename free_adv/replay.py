@@ -53,10 +53,11 @@ class Replay:
         chunks = _chunks(iter(loader), loader, loop.accumulate)
         ended = False  # Accelerate's flag, see below
         me = loop.open()
-        # A loop that steps by itself shows its optimizer when it does.
-        watch = register_optimizer_step_pre_hook(
-            lambda optimizer, *_: _warn_of_far(loop, optimizer)
-        )
+        watch = None
+        if (
+            not loop.optimizers and "device" not in loop.told
+        ):  # the loop's own shows itself in its step
+            watch = register_optimizer_step_pre_hook(lambda o, *_: _warn_of_far(loop, o))
         try:
             while True:
                 if (group := loop.group) is None:
@@ -92,7 +93,8 @@ class Replay:
                 else:
                     loop.leave()
         finally:
-            watch.remove()
+            if watch is not None:
+                watch.remove()
             if loop.newest is me:
                 loop.newest = None
 

@@ -547,3 +547,25 @@ def test_a_gradient_whose_memory_is_used_again_does_no_harm():
             Graphed.memory.normal_()
         deltas.append(free.delta)
     assert torch.equal(*deltas)
+
+
+# A detector, in its own training loop.
+
+
+def test_a_detector_of_torchvision_trains_on_a_list_of_images_of_several_sizes():
+    detection = pytest.importorskip("torchvision.models.detection")
+    model = detection.ssdlite320_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=3
+    )
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+    boxes = torch.tensor([[4.0, 4.0, 40.0, 40.0]])
+    targets = [{"boxes": boxes, "labels": torch.tensor([1])} for _ in range(2)]
+    images = [torch.rand(3, 48, 64), torch.rand(3, 64, 48)]
+    free = FreeAdversarial(eps=8 / 255, replays=2, key=(0, ...))
+    for moved, found in free.replay([(images, targets)]):
+        loss = sum(model(moved, found).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert [d.shape for d in free.delta] == [i.shape for i in images]
+    assert all(d.abs().max() > 0 for d in free.delta)
