@@ -274,6 +274,50 @@ def test_accelerate_trains_in_bfloat16():
     all_taken_in(free, taken)
 
 
+# Ignite, and fastai with its own image type.
+
+
+def test_ignite_ends_at_the_weights_of_algorithm_1():
+    engine = pytest.importorskip("ignite.engine")
+    free = FreeAdversarial(eps=EPS, replays=M)
+    taken = counting(free)
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
+    trainer = engine.create_supervised_trainer(model, optimizer, functional.cross_entropy)
+    trainer.run(free.replay(batches(SIZES)), max_epochs=EPOCHS)
+    agree(model, algorithm_1())
+    all_taken_in(free, taken)
+
+
+@pytest.mark.filterwarnings("ignore")  # fastai's own
+def test_fastai_ends_at_the_weights_of_algorithm_1():
+    vision = pytest.importorskip("fastai.vision.all")
+    free = FreeAdversarial(eps=EPS, replays=M, bounds=(0, 1))
+    taken = counting(free)
+    model = network()
+    loader = [(vision.TensorImage(x), vision.TensorCategory(y)) for x, y in batches(SIZES)]
+
+    class Loader(DataLoader):
+        """A loader of fastai gives images of its own type."""
+
+        def __iter__(self):
+            return iter(loader)
+
+        def __len__(self):
+            return len(loader)
+
+    replay = free.replay(Loader(loader, batch_size=None))
+    data = vision.DataLoaders(replay, Loader(loader, batch_size=None))
+    sgd = vision.partial(vision.OptimWrapper, opt=torch.optim.SGD, momentum=0.9)
+    learner = vision.Learner(
+        data, model, loss_func=functional.cross_entropy, opt_func=sgd, cbs=[], train_bn=True
+    )
+    with learner.no_bar(), learner.no_logging():
+        learner.fit(EPOCHS, LR, wd=0.0)
+    agree(model, algorithm_1(), tolerance=1e-6)
+    all_taken_in(free, taken)
+
+
 # What bites in all of them.
 
 
