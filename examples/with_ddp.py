@@ -50,10 +50,11 @@ def main() -> None:
             free.step(criterion(model(x), y))  # free-adv
             schedule.step()
 
-    if rank == 0:  # the model itself: a forward pass through DDP would wait for the other ranks
-        result = evaluate(model.module, DataLoader(test, len(test)), free.threat, steps=40)
+    # The model itself, by every rank: gloo may abort a process that ends right behind a collective.
+    loader = DataLoader(test, len(test))
+    result = evaluate(model.module, loader, free.threat, steps=40, progress=rank == 0)
+    if rank == 0:
         print(f"ranks={ranks} updates={updates}: {result}")
-    distributed.barrier()
     distributed.destroy_process_group()
 
 

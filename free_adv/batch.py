@@ -33,16 +33,9 @@ def find(batch: Any, path: Path) -> list[tuple[Path, Tensor]]:
         ValueError: There is nothing at that path.
         TypeError: What is there is not a tensor.
     """
-    found: list[tuple[Path, Any]] = [((), batch)]
-    for key in () if isinstance(batch, Tensor) and path == (0,) else path:
-        try:
-            found = [((*to, k), v) for to, value in found for k, v in _at(value, key)]
-        except (LookupError, TypeError, AttributeError, ValueError):
-            found = []
+    found = _reach(batch, () if isinstance(batch, Tensor) and path == (0,) else path)
     if not found:
-        raise ValueError(
-            f"there is no {_name(path)} in the batch that the loader gave; {_hint(batch)}"
-        )
+        raise ValueError(f"there is no {_name(path)} in the loader's batch; {_hint(batch)}")
     for _, value in found:
         if not isinstance(value, Tensor):
             raise TypeError(
@@ -93,9 +86,8 @@ def move(value: Any, device: torch.device) -> Any:
     if callable(own) and not isinstance(value, Mapping | type | nn.Module):
         return copy.copy(value).to(device)
     children = _children(value, {})
-    if children is None:
-        return value
-    return _like(value, {key: move(child, device) for key, child in children.items()})
+    moved = {key: move(child, device) for key, child in (children or {}).items()}
+    return value if children is None else _like(value, moved)
 
 
 def tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
@@ -124,6 +116,17 @@ def dressed(t: Tensor, like: Tensor) -> Tensor:
     t = Tensor.as_subclass(t, type(like))
     t.__dict__.update({name: copy.copy(value) for name, value in vars(like).items()})
     return t
+
+
+def _reach(batch: Any, path: Path) -> list[tuple[Path, Any]]:
+    """What stands at `path`, each with the keys that lead to it; nothing if any of it is not there."""
+    found: list[tuple[Path, Any]] = [((), batch)]
+    for key in path:
+        try:
+            found = [((*to, k), v) for to, value in found for k, v in _at(value, key)]
+        except (LookupError, TypeError, AttributeError, ValueError):
+            return []
+    return found
 
 
 def _at(value: Any, key: Any) -> list[tuple[Any, Any]]:
@@ -170,10 +173,9 @@ def _like(value: Any, children: dict[Any, Any]) -> Any:
     if isinstance(value, list):
         twin[:] = children.values()
         return twin
+    # Where a container of the user's own keeps what it holds.
     for name, inner in getattr(twin, "__dict__", {}).items():
-        if isinstance(
-            inner, dict | list
-        ):  # where a container of the user's own keeps what it holds
+        if isinstance(inner, dict | list):
             twin.__dict__[name] = copy.copy(inner)
     for key, child in children.items():
         attribute = isinstance(key, str) and not isinstance(value, Mapping) and hasattr(value, key)
@@ -205,26 +207,14 @@ def _cure(batch: Any, place: Path | None) -> str:
     """The key to pass for the input at `place`: never that of one element of a list of its like."""
     if not place:
         return "name its place with key="
-    value, every = batch, list(place)
-    for i, key in enumerate(place):
-        inner = place[i + 1 :]
-        several = isinstance(value, list | tuple) if i else isinstance(value, list) and inner
-        if several and _alike(value, inner):
-            every[i] = ...
-        ((_, value),) = _at(value, key)
-    if ... not in every:
-        return f"perhaps {_name(place)}"
-    return (
-        f"perhaps {_name(tuple(every))} if each of them is one sample without a batch dimension; if each is "
-        "a batch, such as one of two views, a list of their keys"
+    every = place
+    for i in range(len(place)):
+        wider = (*every[:i], ..., *place[i + 1 :])
+        like = _reach(batch, wider) if i or (isinstance(batch, list) and place[1:]) else []
+        if like and all(isinstance(t, Tensor) and t.is_floating_point() for _, t in like):
+            every = wider
+    several = (
+        " if each of them is one sample without a batch dimension; if each is a batch, such as one "
     )
-
-
-def _alike(values: Any, path: Path) -> bool:
-    """Whether there is a floating-point tensor at `path` in each of the values."""
-    try:
-        for key in path:
-            values = [_at(value, key)[0][1] for value in values]
-    except (LookupError, TypeError, AttributeError, ValueError):
-        return False
-    return all(isinstance(t, Tensor) and t.is_floating_point() for t in values)
+    several += "of two views, a list of their keys"
+    return f"perhaps {_name(every)}{several if ... in every else ''}"

@@ -45,13 +45,16 @@ class Slot:
     @property
     def waits(self) -> bool:
         """Whether a gradient is still to come."""
-        for rows, graph in list(self.graphs.items()):
+        for rows, graph in [*self.graphs.items()]:
             if graph() is None:  # of a forward pass that was given up: none will come
                 del self.graphs[rows]
                 if self.leaves[rows].grad is None:
                     del self.leaves[rows]
                     self.used.remove(rows)
-        return not self.leaves or any(leaf.grad is None for leaf in self.leaves.values())
+        for leaf in self.leaves.values():
+            if leaf.grad is None:
+                return True
+        return not self.leaves
 
     def turn(self, size: int) -> None:
         """A call of the module `at` with an output of that length begins."""
@@ -97,11 +100,11 @@ class Delta:
 
     def place(self, x: Tensor, before: Iterable[Rows] = ()) -> Rows:
         """Assign rows to an input, behind those `before` it that share its sample shape."""
-        self.threat.check_form(x)
+        self.threat.check(x, values=False)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         key = (tuple(x.shape[1:]), dtype)
         if key not in self.seen:
-            self.threat.check_values(x)
+            self.threat.check(x)
         start = max((rows.stop for rows in before if rows.key == key), default=0)
         rows = Rows(key, start, start + len(x))
         # The last in use comes last. In one assignment: an interrupt finds the old buffers or the new ones.
@@ -126,6 +129,7 @@ class Delta:
             moved: Tensor = Move.apply(x, leaf, self.threat, slot)
         return moved
 
+    @torch.no_grad()
     def ascend(self, rows: Rows, grad: Tensor) -> None:
         """One step of steepest ascent and projection of those rows (Algorithm 1 of the paper)."""
         delta = self[rows]

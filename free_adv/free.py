@@ -28,24 +28,21 @@ PIXELS = (0.0, 1.0)  # the default of `bounds`: an output perturbed `at` a modul
 class FreeAdversarial:
     """Adversarial training at the cost of natural training, inside your own loop.
 
-    It sits beside the optimizer, as `torch.amp.GradScaler` does. Every minibatch is replayed *m* times; the
-    one backward pass of a replay moves the weights down and `delta` up, and delta is carried on: Algorithm 1
-    of "Adversarial Training for Free!" (Shafahi et al. 2019, arXiv 1904.12843). Divide the epochs by *m*, with
-    `epochs`. A loop with a backward pass of its own needs only `replay`, which takes in its gradient.
+    It sits beside the optimizer, as `torch.amp.GradScaler` does. Every minibatch is replayed *m* times; the one
+    backward pass of a replay moves the weights down and `delta` up, and delta is carried on: Algorithm 1 of
+    "Adversarial Training for Free!" (Shafahi et al. 2019, arXiv 1904.12843). Divide the epochs by *m*: `epochs`.
+    A loop with a backward pass of its own needs only `replay`, which takes in its gradient.
 
     Args:
         optimizer: The optimizer that `step` drives, or several. None for a loop that steps by itself.
         eps: Radius of the perturbations in pixel units (those of `bounds`): `8/255` for [0, 1] images.
-        replays: The paper's *m*, how often each minibatch is trained on. The paper uses 8 on CIFAR
-            and 4 on ImageNet.
+        replays: The paper's *m*, how often each minibatch is trained on: 8 on CIFAR, 4 on ImageNet.
         step_size: Length of an ascent step in pixel units. None means `eps`, as in the paper.
         norm: "linf" or "l2" (per sample).
-        bounds: Lowest and highest valid pixel, before any normalisation; None for no range. With `at` the
-            default is None.
+        bounds: Lowest and highest valid pixel, before normalisation; None for no range. None with `at`.
         mean: The mean that the loader has subtracted, per channel; None if it does not normalise.
         std: The standard deviation that the loader has divided by, per channel.
-        start: How delta begins a minibatch: "carry" keeps that of the last one, as in the paper;
-            "zero" and "uniform" (in the ball) start anew.
+        start: How delta begins a minibatch: "carry" goes on, as in the paper; "zero" or "uniform" (in the ball).
         scaler: A `torch.amp.GradScaler` for float16 autocast, driven by `step`.
         max_grad_norm: Clip the norm of the parameters' gradient in `step`. delta is never clipped by it.
         accumulate: Micro-batches per optimizer step; they are replayed as one minibatch.
@@ -129,8 +126,7 @@ class FreeAdversarial:
 
         Raises:
             RuntimeError: In the loop: a replay received no gradient, or a newer one was started.
-            ValueError: In the loop: a batch lies outside `bounds`, or has nothing at `key`.
-            TypeError: In the loop: the input is not a floating-point tensor.
+            ValueError, TypeError: In the loop: no floating-point tensor at `key`, or one outside `bounds`.
         """
         return Replay(self._loop, loader)
 
@@ -144,10 +140,8 @@ class FreeAdversarial:
             loss: A scalar, the mean over the batch that `replay` has just yielded.
 
         Raises:
-            RuntimeError: There is no optimizer, no replay to step for, or no gradient arrived.
-                The weights are as they were.
-            TypeError: `loss` is not a tensor.
-            ValueError: `loss` is not a scalar.
+            RuntimeError: No optimizer, no replay to step for, or no gradient arrived. No weight has moved.
+            TypeError, ValueError: `loss` is not a tensor, or not a scalar.
         """
         step(self._loop, loss)
 
@@ -155,8 +149,7 @@ class FreeAdversarial:
         """Leave out the other replays of a minibatch that has failed, where its error is caught."""
         if self._loop.settle() is None:
             raise RuntimeError(
-                "skip() expects a minibatch in flight: call it inside "
-                "`for x, y in free.replay(loader):`"
+                "skip() expects a minibatch in flight: call it inside the replay's loop"
             )
         self._loop.leave()
 
@@ -174,8 +167,7 @@ class FreeAdversarial:
     def delta(self) -> Tensor | list[Tensor] | None:
         """A copy of the rows of delta that the latest batch used, in pixel units; None before the first.
 
-        A list for several inputs. With `at` the rows of all calls for this batch, one after the other; a
-        list if their samples differ in shape.
+        A list for several inputs. With `at` the rows of all calls, joined; a list if their shapes differ.
         """
         delta = self._loop.delta
         return self._latest([delta[rows].reshape(x.shape) for x, rows in delta.latest])
@@ -186,10 +178,10 @@ class FreeAdversarial:
         return self._latest([x for x, _ in self._loop.delta.latest])
 
     def _latest(self, tensors: list[Tensor]) -> Tensor | list[Tensor] | None:
-        copies = [t.clone() for t in tensors]
-        if self._loop.several or len({t.shape[1:] for t in copies}) > 1:
-            return copies or None
-        return torch.cat(copies) if len(copies) > 1 else copies[0] if copies else None
+        if not tensors:
+            return None
+        several = self._loop.several or len({t.shape[1:] for t in tensors}) > 1
+        return [t.clone() for t in tensors] if several else torch.cat(tensors)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a later run needs to go on where this one is.
@@ -197,7 +189,7 @@ class FreeAdversarial:
         Taken between a batch and its `step`, it repeats that replay.
 
         Returns:
-            A dict of tensors and plain values, for `torch.save`:
+            A dict of tensors and plain values:
 
             - `version`: 2.
             - `settings`: those of the threat model and `replays`, which must be the same at loading.

@@ -54,24 +54,14 @@ class Group:
             found = [[(path, at) for path in paths for at in find(b, path)] for b in batches]
             taken: list[Rows] = []
             self.inputs = [[self._place(p, *at, taken) for p, at in inputs] for inputs in found]
-            for i, ((_, first, x, _), *others) in enumerate(self.inputs):
-                self.sizes[i] = len(x) if x.ndim == first.ndim else 1 + len(others)
+            for i, ((_, _, x, rows), *others) in enumerate(self.inputs):
+                self.sizes[i] = 1 + len(others) if x.ndim == len(rows.key[0]) else len(x)
 
     def _place(self, path: Path, at: Path, given: Tensor, taken: list[Rows]) -> Input:
         """Assign rows of delta to an input, behind those that are taken."""
         x = plain(given.detach())
-        x = x[None] if ... in path else x  # one sample without a batch dimension
-        taken.append(self.delta.place(x, taken))
+        taken.append(self.delta.place(x[None] if ... in path else x, taken))
         return at, given, x, taken[-1]
-
-    @property
-    def waiting(self) -> int | None:
-        """Index of the first yielded batch that has no gradient yet."""
-        return next((i for i, slot in enumerate(self.slots) if slot.waits), None)
-
-    def share(self, index: int) -> float:
-        """Weight of one batch's mean in the mean over the group."""
-        return self.sizes[index] / sum(self.sizes) if sum(self.sizes) else 1.0
 
     def next(self) -> Any:
         """The next batch in fresh containers, the perturbed input in its place."""
@@ -85,9 +75,10 @@ class Group:
             return rebuilt(self.batches[index])
         moved = []
         for path, given, x, rows in self.inputs[index]:
-            t = self.delta.move(x, rows, slot)
-            moved.append((path, dressed(t if t.ndim == given.ndim else t[0], given)))
-        self.delta.latest = [(x.view(g.shape), rows) for _, g, x, rows in self.inputs[index]]
+            one = x.ndim == len(rows.key[0])  # a sample without a batch dimension
+            t = self.delta.move(x[None] if one else x, rows, slot)
+            moved.append((path, dressed(t[0] if one else t, given)))
+        self.delta.latest = [(x, rows) for _, _, x, rows in self.inputs[index]]
         return rebuilt(self.batches[index], nested(moved))
 
     def inside(self, output: Tensor) -> Tensor:
@@ -129,15 +120,14 @@ class Group:
     def take_in(self) -> None:
         """Move delta along the gradients of all replays that have received theirs."""
         size = len(self.batches)
-        while len(self.slots) >= size and not any(slot.waits for slot in self.slots[:size]):
-            with torch.no_grad():
-                for slot in self.slots[:size]:
-                    for rows, leaf in slot.leaves.items():
-                        if leaf.grad is not None:
-                            self.delta.ascend(rows, leaf.grad)
-            for slot in self.slots[:size]:
+        while len(replay := self.slots[:size]) == size and not any(s.waits for s in replay):
+            for slot in replay:
+                for rows, leaf in slot.leaves.items():
+                    if leaf.grad is not None:
+                        self.delta.ascend(rows, leaf.grad)
+            for slot in replay:
                 slot.forget()  # the loop's last loss still holds the leaves
-            self.past += self.slots[:size]
+            self.past += replay
             del self.slots[:size]
             self.done += 1
 

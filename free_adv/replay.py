@@ -54,9 +54,7 @@ class Replay:
         ended = False  # Accelerate's flag, see below
         me = loop.open()
         watch = None
-        if (
-            not loop.optimizers and "device" not in loop.told
-        ):  # the loop's own shows itself in its step
+        if not loop.optimizers and "device" not in loop.told:  # the host's own: seen as it steps
             watch = register_optimizer_step_pre_hook(lambda o, *_: _warn_of_far(loop, o))
         try:
             while True:

@@ -22,19 +22,21 @@ def step(loop: Loop, loss: Tensor) -> None:
             "loss.backward() and optimizer.step() yourself"
         )
     group = loop.settle()
-    if group is None or (index := group.waiting) is None:
+    waiting = [i for i, slot in enumerate(group.slots) if slot.waits] if group else []
+    if group is None or not waiting:
         raise RuntimeError(
             "step() expects one call for each batch of replay(): call it once inside "
             "`for x, y in free.replay(loader):`"
         )
     scalar("loss", loss)
-    ends, stepping = index == len(group.batches) - 1, False
+    index, stepping = waiting[0], False
+    ends = index == len(group.batches) - 1
     try:
         if index == 0:
             for optimizer in loop.optimizers:
                 optimizer.zero_grad()
-        if len(group.batches) > 1:
-            loss = loss * group.share(index)
+        if len(group.batches) > 1 and any(group.sizes):  # its share of the mean over the group
+            loss = loss * (group.sizes[index] / sum(group.sizes))
         scaled = loss if loop.scaler is None else loop.scaler.scale(loss)
         scaled.backward()  # type: ignore[no-untyped-call]
         if group.slots[index].waits:

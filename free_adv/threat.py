@@ -58,9 +58,7 @@ class ThreatModel:
         eps = positive("eps", eps)
         box = None if bounds is None else numbers("bounds", bounds)
         if box is not None and (len(box) != 2 or not box[0] < box[1]):
-            raise ValueError(
-                f"bounds must be (lowest, highest) with lowest < highest, got {bounds!r}"
-            )
+            raise ValueError(f"bounds must be (lowest, highest), lowest < highest, got {bounds!r}")
         if box is not None and norm == "linf" and eps > box[1] - box[0]:
             raise ValueError(
                 f"eps must not exceed the width of bounds {box}, got {eps:g}; did you mean eps={eps:g}/255?"
@@ -126,7 +124,7 @@ class ThreatModel:
             grad: Gradient of the loss in the loader's units, of the same shape.
             step_size: Length of the step in pixel units.
         """
-        self.climb(delta, finite(grad, delta.dtype), step_size)
+        self.climb(delta, finite(grad.detach(), delta.dtype), step_size)
 
     def climb(self, delta: Tensor, grad: Tensor, step_size: float) -> None:
         """`ascend` for a finite gradient in delta's precision, whose memory is used up."""
@@ -170,24 +168,20 @@ class ThreatModel:
         """Norm of each sample of `delta`, shape (N, ...), as a tensor of shape (N,)."""
         return _per_sample(delta, math.inf if self.norm == "linf" else 2).reshape(len(delta))
 
-    def check(self, x: Tensor) -> None:
+    def check(self, x: Tensor, values: bool = True) -> None:
         """Refuse a batch that cannot be what this threat model describes.
+
+        Args:
+            x: A batch in the loader's units, shape (N, ...).
+            values: Whether to look at the values too, for which the host waits.
 
         Raises:
             TypeError: `x` is not a dense floating-point tensor.
             ValueError: `x` has no batch dimension, has other channels than `mean` and `std`, holds
                 values that are not finite, or lies outside `bounds` but for some stray ones.
         """
-        self.check_form(x)
-        self.check_values(x)
-
-    def check_form(self, x: Tensor) -> None:
-        """The part of `check` for which the host need not wait."""
         dense(x, 1 if self.mean is None else len(self.mean))
-
-    def check_values(self, x: Tensor) -> None:
-        """The part of `check` that looks at the values, where there are any."""
-        if x.numel() and x.device.type != "meta":
+        if values and x.numel() and x.device.type != "meta":
             inside(self.to_pixels(x.detach()), self.bounds, describe(x))
 
     def _units(self, x: Tensor) -> tuple[Any, Any, Any, Any]:
@@ -199,7 +193,7 @@ class ThreatModel:
 
 def finite(grad: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of a gradient in that precision, in which entries that are not finite are zero."""
-    return grad.detach().to(dtype).nan_to_num(0.0, 0.0, 0.0)
+    return grad.to(dtype).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _per_sample(t: Tensor, order: float) -> Tensor:

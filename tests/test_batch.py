@@ -316,19 +316,24 @@ def test_a_key_that_is_none_is_refused(key):
         FreeAdversarial(eps=EPS, key=key)
 
 
+def train(free, loader, after=bool):
+    for x, *_ in free.replay(loader):
+        x.sum().backward()
+        after()
+
+
 def test_a_second_view_that_is_not_named_is_told_once():
     free = FreeAdversarial(eps=EPS, replays=1)
+    views = [(X, X.flip(0), X.flip(1), Y), (X, X.flip(0), X, Y)]
     with pytest.warns(UserWarning, match=r"like its input at \(1,\).*key=\[0, 1\]") as told:
-        for x, *_ in free.replay([(X, X.flip(0), X.flip(1), Y), (X, X.flip(0), X, Y)]):
-            x.sum().backward()
+        train(free, views)
     assert len(told) == 1
     assert told[0].filename == __file__
 
 
 def test_targets_that_are_the_input_itself_or_of_another_form_are_not_told():
     for batch in [(X, X, Y), (X, Y), (X[:, 0, 0, 0], Y.float()), (X, X[:2]), (X, (X * 255).long())]:
-        for x, *_ in FreeAdversarial(eps=EPS, replays=1).replay([batch]):
-            x.sum().backward()
+        train(FreeAdversarial(eps=EPS, replays=1), [batch])
 
 
 @given(
@@ -394,10 +399,7 @@ def test_training_through_the_host_is_told_once(own):
     far_away = torch.optim.SGD([torch.zeros(2, device="meta", requires_grad=True)], 0.1)
     free = FreeAdversarial(None if own else far_away, eps=EPS)
     with pytest.warns(UserWarning, match=r"device='meta'\), which moves each batch once") as told:
-        for x, _ in free.replay([(X, Y)] * 2):
-            x.sum().backward()
-            if own:
-                far_away.step()
+        train(free, [(X, Y)] * 2, far_away.step if own else bool)
     assert len(told) == 1
 
 
