@@ -30,47 +30,65 @@ class Slot:
         leaves: For the rows of delta that moved it, those rows as a leaf, which gets their gradient. With
             `at` there is none until that module has run, and one for each of its calls.
         over: Whether the loop has moved on, so that a gradient would come too late.
-        samples: How many samples the batch has.
-        left: How many of them have not been through the module `at`.
-        used: The rows of its calls so far.
+        calls: The calls of the module `at` in this forward pass, whose gradients are still to come.
+        used: The rows of its calls since all samples have been through.
+        left: How many samples have not been through.
     """
 
-    def __init__(self, samples: int) -> None:
+    def __init__(self, samples: int, inside: bool) -> None:
         self.leaves: dict[Rows, Tensor] = {}
         self.over = False
-        self.samples = self.left = samples
+        self.samples = samples
+        self.inside = inside
+        self._begin()
+
+    def _begin(self) -> None:
+        self.calls: dict[Rows, Callable[[], object]] = {}  # by rows, a weak reference to the graph
         self.used: list[Rows] = []
-        self.graphs: dict[Rows, Callable[[], object]] = {}
+        self.left = self.samples
+        self.before = self.used, self.left  # this forward pass
 
     @property
     def waits(self) -> bool:
         """Whether a gradient is still to come."""
-        for rows, graph in [*self.graphs.items()]:
-            if graph() is None:  # of a forward pass that was given up: none will come
-                del self.graphs[rows]
-                if self.leaves[rows].grad is None:
-                    del self.leaves[rows]
-                    self.used.remove(rows)
+        self._release()
         for leaf in self.leaves.values():
             if leaf.grad is None:
                 return True
         return not self.leaves
 
+    def _release(self) -> None:
+        """Take back the rows of calls that were given up: their graphs are gone."""
+        for rows, graph in [*self.calls.items()]:
+            if graph() is None:
+                del self.calls[rows]
+                self.used.remove(rows)
+                if self.leaves[rows].grad is None:
+                    del self.leaves[rows]
+
     def turn(self, size: int) -> None:
-        """A call of the module `at` with an output of that length begins."""
-        if not self.waits:  # after a backward pass: the rest of the batch, or all of it again
-            again = size > self.left
-            self.left = max(0, (self.samples if again else self.left) - size)
-            self.used = [] if again else self.used
-        elif not self.leaves:
-            self.used, self.left = [], max(0, self.samples - size)
+        """A call of the module `at` begins, with an output of that length."""
+        self._release()
+        if self.calls:
+            return  # a further call of the same pass
+        self.used, self.left = self.before  # the last pass may have been given up
+        self.before = [*self.used], self.left
+        if size > self.left:  # all have been through
+            self.used, self.left = [], self.samples
+        self.left -= min(size, self.left)
+
+    def arrive(self, rows: Rows) -> None:
+        """The gradient of a call has come: the next one begins a forward pass."""
+        if self.calls.pop(rows, None):
+            self.before = self.used, self.left
 
     def forget(self) -> None:
         """Drop the gradients that have arrived: the batch begins anew."""
         for leaf in self.leaves.values():
             leaf.grad = None
-        if self.graphs:
-            self.leaves, self.graphs = {}, {}
+        if self.inside:
+            self.leaves = {}
+            self._begin()
 
 
 class Delta:
@@ -126,7 +144,7 @@ class Delta:
         if leaf is None:
             leaf = slot.leaves[rows] = self[rows].detach().requires_grad_()
         with torch.enable_grad():
-            moved: Tensor = Move.apply(x, leaf, self.threat, slot)
+            moved: Tensor = Move.apply(x, leaf, self.threat, slot, rows)
         return moved
 
     @torch.no_grad()
@@ -150,21 +168,25 @@ class Move(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, threat: ThreatModel, slot: Slot) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, leaf: Tensor, threat: ThreatModel, slot: Slot, rows: Rows
+    ) -> Tensor:
         """See `torch.autograd.Function`."""
         ctx.set_materialize_grads(False)  # a gradient that does not come is no gradient of zeros
-        ctx.slot, ctx.dtype = slot, rows.dtype
-        return threat.perturb(x, rows)
+        ctx.slot, ctx.rows = slot, rows
+        return threat.perturb(x, leaf)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         """See `torch.autograd.Function`."""
         if grad is None:
-            return None, None, None, None
+            return (None,) * 5
         if ctx.slot.over:
             raise RuntimeError(LATE)
+        ctx.slot.arrive(ctx.rows)
         # A copy: its producer may use that memory again, as CUDA graphs do.
-        return grad if ctx.needs_input_grad[0] else None, finite(grad, ctx.dtype), None, None
+        copy = finite(grad, ctx.rows.key[1])
+        return grad if ctx.needs_input_grad[0] else None, copy, None, None, None
 
 
 def _fitted(old: Tensor | None, x: Tensor, rows: Rows) -> Tensor:

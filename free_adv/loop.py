@@ -67,7 +67,7 @@ class Group:
         """The next batch in fresh containers, the perturbed input in its place."""
         self.close(self.past)
         index = len(self.slots) % len(self.batches)
-        slot = Slot(self.sizes[index])
+        slot = Slot(self.sizes[index], inside=self.inputs is None)
         self.slots.append(slot)
         self.todo -= 1
         self.turn = None
@@ -84,7 +84,7 @@ class Group:
     def inside(self, output: Tensor) -> Tensor:
         """`output` of the module `at`, moved by rows of the first batch that is not through."""
         if not self.slots:  # between the gradient and the next batch
-            self.turn = Slot(0)
+            self.turn = Slot(0, inside=True)
             return output
         fits = (i for i, s in enumerate(self.slots) if s.waits or s.left >= len(output) > 0)
         index = next(fits, len(self.slots) - 1)
@@ -96,7 +96,7 @@ class Group:
         if rows not in slot.leaves and self.done == first == 0:
             self.delta.begin(rows)
         moved = self.delta.move(output, rows, slot)
-        slot.graphs[rows] = weakref.ref(moved.grad_fn)
+        slot.calls[rows] = weakref.ref(moved.grad_fn)
         self.delta.latest = [*(self.delta.latest if slot.used else ()), (output.detach(), rows)]
         slot.used.append(rows)
         return moved

@@ -604,3 +604,28 @@ def test_what_is_kept_of_the_latest_output_has_no_graph():
     for batch in free.replay(texts((5,))):
         free.step(loss_of(model, batch))
         assert not free._loop.delta.latest[0][0].requires_grad
+
+
+def test_a_step_that_fails_and_is_tried_again_moves_the_same_rows():
+    class Sgd(torch.optim.SGD):
+        broken = False
+
+        def step(self):
+            if self.broken:
+                raise InterruptedError
+            super().step()
+
+    runs = []
+    for broken in (False, True):
+        model = Reader()
+        optimizer = Sgd(model.parameters(), 0.1)
+        free = FreeAdversarial(optimizer, eps=0.3, replays=2, at=model.embedding)
+        for batch in free.replay(texts()):
+            if broken:
+                optimizer.broken = True
+                with pytest.raises(InterruptedError):
+                    free.step(loss_of(model, batch))
+                optimizer.broken = False
+            free.step(loss_of(model, batch))
+        runs.append([*model.parameters(), *free._loop.delta.buffers.values()])
+    assert all(map(torch.equal, *runs))
