@@ -6,6 +6,8 @@
 The module knows nothing of it: only the loader is wrapped.
 """
 
+import os
+
 import lightning
 import torch
 from arguments import parser
@@ -51,9 +53,13 @@ def main() -> None:
         args.passes = args.replays = args.batch_size = 2
         train, test = (Subset(data, range(8)) for data in (train, test))
     lightning.seed_everything(args.seed, verbose=False)
-    free = FreeAdversarial(
-        eps=args.eps, replays=args.replays, accumulate=args.accumulate
-    )  # free-adv
+    cuda = torch.cuda.is_available() and args.accelerator != "cpu"
+    free = FreeAdversarial(  # free-adv: `device` is where the trainer trains
+        eps=args.eps,
+        replays=args.replays,
+        accumulate=args.accumulate,
+        device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else None,
+    )
     trainer = lightning.Trainer(
         max_epochs=free.epochs(args.passes),  # free-adv
         accelerator=args.accelerator,

@@ -36,6 +36,8 @@ DRY_RUNS = [
     (r"processes=2 epochs=2:", *TORCHRUN, "with_accelerate.py", "--cpu", "--accumulate", "2"),
     (r"updates=3:", "with_trainer.py", "--accumulate", "2"),
     (r"natural .*\nfree", "with_text.py"),
+    (r"updates=2:", "with_ignite.py"),
+    (r"updates=2:", "with_fastai.py"),
     (r"ranks=2 updates=2:", *TORCHRUN, "with_ddp.py"),
     (r"ranks=2 updates=2:", *TORCHRUN, "with_fsdp.py"),
 ]
@@ -80,6 +82,8 @@ def test_the_variants_run(started):
 def test_the_script_of_each_host_runs(expected, command, started):
     if "with_fsdp.py" in command and not hasattr(torch.distributed.fsdp, "fully_shard"):
         pytest.skip("this torch has no fully_shard")
+    if "with_fastai.py" in command:
+        pytest.importorskip("fastai.vision.all")
     result = started[tuple(command)].result()
     assert result.returncode == 0, result.stderr
     assert re.search(expected, result.stdout)
