@@ -56,13 +56,14 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 ATTACKS: dict[str, dict[str, Any]] = {  # with steps of eps / 4, 2/255 where eps is 8/255
     "pgd-20": {"steps": 20, "restarts": 10},
+    "pgd-20-1": {"steps": 20, "restarts": 1},
     "pgd-50": {"steps": 50, "restarts": 10},
     "cw-50": {"steps": 50, "restarts": 10, "loss": "cw"},
     "autoattack": {"attack": "autoattack"},
 }
 NOT_OF_TRAINING = (
     *("recipe", "data", "download", "out", "save_every", "device"),
-    *("attacks", "test_images", "test_batch"),
+    *("attacks", "weights", "test_images", "hard_images", "test_batch"),
 )
 
 
@@ -145,7 +146,11 @@ class Run:
         self.optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=args.nesterov)
         self.threat = ThreatModel(args.eps)
         self.free = FreeAdversarial(
-            eps=args.eps, replays=args.replays, step_size=args.step_size, start=args.start
+            eps=args.eps,
+            replays=args.replays,
+            step_size=args.step_size,
+            start=args.start,
+            window=args.window,
         )
         held = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         held, rest = held[: args.held_out], held[args.held_out :]
@@ -310,26 +315,29 @@ def arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def test(run: Run, images: Tensor, labels: Tensor) -> list[dict[str, Any]]:
-    """Attack the chosen weights; print a row for each attack."""
+    """Attack the weights that are asked for; print a row for each attack."""
     args, rows = run.args, []
     model = run.judged
-    model.load_state_dict(run.best["weights"])
+    last = {k: v.clone() for k, v in model.state_dict().items()}
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     x, y = (t[chosen[: args.test_images]] for t in (images, labels))
     loader = [
         ((a.float() / 255).to(run.device), b.to(run.device))
         for a, b in zip(x.split(args.test_batch), y.split(args.test_batch), strict=True)
     ]
-    for name in args.attacks:
+    for weights, name in ((w, a) for w in args.weights for a in args.attacks):
+        model.load_state_dict(last if weights == "last" else run.best["weights"])
         settings = dict(ATTACKS[name])
         if "steps" in settings:
             settings["step_size"] = run.threat.eps / 4
+        hard = args.hard_images if settings.get("restarts", 10) > 1 else None
         start = time.perf_counter()
-        found = evaluate(model, loader, run.threat, **settings)
-        print(found)
-        rows.append(
-            {"name": name, **settings, **asdict(found), "seconds": time.perf_counter() - start}
+        found = evaluate(
+            model, loader[: hard and -(-hard // args.test_batch)], run.threat, **settings
         )
+        print(found)
+        row = {"name": name, "weights": weights, **settings, **asdict(found)}
+        rows.append({**row, "seconds": time.perf_counter() - start})
     return rows
 
 
@@ -362,12 +370,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--download", action="store_true", help="fetch CIFAR-10 into --data")
     add("--out", type=Path, default=Path("runs/cifar10"), help="folder of the run; goes on in it")
     add("--recipe", choices=RECIPES, default="default", help="defaults of what follows")
-    add("--method", choices=METHODS[:5], default="free")
+    add("--method", choices=METHODS[:6], default="free")
     add("--model", default="resnet18", help="resnet18, preactresnet18, wrn-d-k, cnn-w or timm's")
     add("--activation", choices=["relu", "leaky", "silu", "gelu"], default="relu")
     add("--pretrained", action="store_true", help="begin with timm's weights")
     add("--init", type=Path, help="begin with the weights.pt of another run")
     add("--replays", type=whole, default=8, help="the paper's m")
+    add("--window", type=whole, default=1, help="minibatches that take turns in Free")
     add("--passes", type=float, default=200.0, help="natural passes over the data: the cost")
     add("--eps", type=fraction, default=8 / 255, help="linf radius, pixels in [0, 1]")
     add(
@@ -394,6 +403,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--save-every", type=whole, default=1000, help="updates between two checkpoints")
     add("--attacks", nargs="*", choices=ATTACKS, default=["pgd-20", "pgd-50", "autoattack"])
     add("--test-images", type=int, help="attack this many, a fixed choice; all by default")
+    add("--hard-images", type=int, help="of them for attacks with restarts and AutoAttack")
+    add("--weights", nargs="+", choices=["best", "last"], default=["best"], help="to be attacked")
     add("--test-batch", type=whole, default=500)
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

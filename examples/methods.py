@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from free_adv import FreeAdversarial, ThreatModel, pgd
 
-METHODS = "natural", "free", "pgd", "fgsm-rs", "free-public", "pgd-plain"
+METHODS = "natural", "free", "pgd", "fgsm-rs", "n-fgsm", "free-public", "pgd-plain"
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -27,7 +27,8 @@ def batches(
 
     Args:
         method: "natural"; "free"; "pgd", PGD-7 with steps of eps / 4; "fgsm-rs", one step of 1.25 eps from a
-            uniform start (Wong et al. 2020); "free-public", the way of the public ImageNet implementation,
+            uniform start (Wong et al. 2020); "n-fgsm", a step of eps from noise of up to 2 eps, not held in the
+            ball (de Jorge et al. 2022); "free-public", the way of the public ImageNet implementation,
             which clamps inside the graph; "pgd-plain", PGD-7 whose steps call `loss.backward()`.
         loader: Yields images in the threat model's units, and labels.
         model: Maps them to logits.
@@ -44,7 +45,7 @@ def batches(
     if method == "natural":
         return loader
     steps, size = (1, 1.25 * threat.eps) if method == "fgsm-rs" else (7, threat.eps / 4)
-    attack = {"pgd": pgd, "fgsm-rs": pgd, "pgd-plain": _plain_pgd}[method]
+    attack = {"pgd": pgd, "fgsm-rs": pgd, "n-fgsm": _n_fgsm, "pgd-plain": _plain_pgd}[method]
 
     def attacked(x: Tensor, y: Tensor) -> Tensor:
         with autocast():
@@ -87,6 +88,16 @@ class _Public:
                 yield (x + noise).clamp(low, high), y
                 delta += eps * noise.grad.sign()
                 delta.clamp_(-eps, eps)
+
+
+def _n_fgsm(model, x, y, threat, *, steps, step_size, generator) -> Tensor:
+    """Noise FGSM, in the training mode of the model."""
+    low, high = threat.bounds
+    noise = torch.empty_like(x).uniform_(-2 * threat.eps, 2 * threat.eps, generator=generator)
+    noisy = (x + noise).clamp(low, high).requires_grad_()
+    with torch.enable_grad():
+        (grad,) = torch.autograd.grad(functional.cross_entropy(model(noisy), y), noisy)
+    return (noisy.detach() + threat.eps * grad.sign()).clamp(low, high)
 
 
 def _plain_pgd(model, x, y, threat, *, steps, step_size, generator) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 from free_adv.checks import LATE, positive
 from free_adv.threat import ThreatModel, finite
 
-Key = tuple[tuple[int, ...], torch.dtype]
-SHAPES = 16  # how many buffers are kept from one minibatch to the next
+Key = tuple[tuple[int, ...], torch.dtype, int]  # sample shape, precision, place in the window
+SHAPES = 16  # of how many shapes the buffers are kept from one minibatch to the next
 
 
 class Rows(NamedTuple):
@@ -92,7 +92,7 @@ class Slot:
 
 
 class Delta:
-    """One buffer per sample shape, in pixel units, as long as the largest minibatch seen.
+    """One buffer per sample shape and place in the window, in pixel units, as long as the largest minibatch.
 
     A minibatch uses the leading rows, so a short last batch leaves the others as they are. Buffers
     are float32 (float64 for float64 input) whatever the precision of the input, live on the device
@@ -110,25 +110,25 @@ class Delta:
     def load(self, buffers: dict[Key, Tensor]) -> None:
         """Hold these buffers; they follow the input to its device when next used."""
         self.buffers = buffers
-        self.seen = set(buffers)  # the shapes whose values have been looked at
+        self.seen = {key[:2] for key in buffers}  # the shapes whose values have been looked at
         self.latest: list[tuple[Tensor, Rows]] = []  # what was moved last, and by which rows
 
     def __getitem__(self, rows: Rows) -> Tensor:
         return self.buffers[rows.key][rows.start : rows.stop]
 
-    def place(self, x: Tensor, before: Iterable[Rows] = ()) -> Rows:
-        """Assign rows to an input, behind those `before` it that share its sample shape."""
+    def place(self, x: Tensor, before: Iterable[Rows] = (), place: int = 0) -> Rows:
+        """Assign rows to an input, behind those `before` it that share its buffer."""
         self.threat.check(x, values=False)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        key = (tuple(x.shape[1:]), dtype)
-        if key not in self.seen:
+        key = (tuple(x.shape[1:]), dtype, place)
+        if key[:2] not in self.seen:
             self.threat.check(x)
         start = max((rows.stop for rows in before if rows.key == key), default=0)
         rows = Rows(key, start, start + len(x))
         # The last in use comes last. In one assignment: an interrupt finds the old buffers or the new ones.
         others = {k: b for k, b in self.buffers.items() if k != key}
         self.buffers = {**others, key: _fitted(self.buffers.get(key), x, rows)}
-        self.seen.add(key)
+        self.seen.add(key[:2])
         return rows
 
     def begin(self, rows: Rows) -> None:
@@ -155,7 +155,8 @@ class Delta:
 
     def forget(self) -> None:
         """Keep memory bounded where there is no end of shapes: drop those longest out of use."""
-        for key in list(self.buffers)[:-SHAPES]:
+        shapes = dict.fromkeys(key[:2] for key in reversed(self.buffers))
+        for key in [key for key in self.buffers if key[:2] in [*shapes][SHAPES:]]:
             del self.buffers[key]
         if any(rows.key not in self.buffers for _, rows in self.latest):
             self.latest = []

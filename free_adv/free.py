@@ -46,6 +46,8 @@ class FreeAdversarial:
         scaler: A `torch.amp.GradScaler` for float16 autocast, driven by `step`.
         max_grad_norm: Clip the norm of the parameters' gradient in `step`. delta is never clipped by it.
         accumulate: Micro-batches per optimizer step; they are replayed as one minibatch.
+        window: How many minibatches take turns: b1 .. bW, *m* times, an update after each, every one with rows of
+            delta of its own. 1 is the paper's loop. Memory holds W minibatches and their deltas.
         key: Where in a batch the input is: an index, a name, or a tuple of them for nested batches.
             A batch that is a tensor is the input itself. A list of keys names several inputs, such as two
             views. `...` stands for every element of a list, each *one sample without a batch dimension*:
@@ -93,6 +95,7 @@ class FreeAdversarial:
         scaler: GradScaler | None = None,
         max_grad_norm: float | None = None,
         accumulate: int = 1,
+        window: int = 1,
         key: Key | list[Key] = 0,
         device: torch.device | str | int | None = None,
         at: nn.Module | None = None,
@@ -104,6 +107,7 @@ class FreeAdversarial:
             delta=Delta(self.threat, step_size, start),
             replays=count("replays", replays),
             accumulate=count("accumulate", accumulate),
+            window=count("window", window),
             paths=paths if at is None else None,
             several=at is None and (len(paths) > 1 or isinstance(key, list) or ... in paths[0]),
             device=None if device is None else as_device(device),
@@ -147,11 +151,7 @@ class FreeAdversarial:
 
     def skip(self) -> None:
         """Leave out the other replays of a minibatch that has failed, where its error is caught."""
-        if self._loop.settle() is None:
-            raise RuntimeError(
-                "skip() expects a minibatch in flight: call it inside the replay's loop"
-            )
-        self._loop.leave()
+        self._loop.skip()
 
     def epochs(self, n: int) -> int:
         """Epochs over the replayed loader that cost as much as `n` natural ones: `ceil(n / m)`."""
@@ -161,7 +161,7 @@ class FreeAdversarial:
     def last(self) -> bool:
         """Whether the latest batch ends its group, so that the weights move: no time for DDP's `no_sync`."""
         group = self._loop.group
-        return group is not None and not len(group.slots) % len(group.batches)
+        return group is not None and (not group.slots or group.latest is None or group.latest[1])
 
     @property
     def delta(self) -> Tensor | list[Tensor] | None:
@@ -194,9 +194,10 @@ class FreeAdversarial:
             - `version`: 2.
             - `settings`: those of the threat model and `replays`, which must be the same at loading.
             - `rank`: the rank and the number of ranks of the process group.
-            - `delta`: a list with one tensor per sample shape, of shape (rows, ...), in pixel units.
-            - `minibatch`: the list of batches in flight, or None.
-            - `done`: how many replays of them have been made.
+            - `delta`: a list with one tensor per sample shape and place in the window, of shape (rows, ...), in
+              pixel units; `places`: the place of each.
+            - `window`: the list of minibatches in flight, each a list of batches, or None.
+            - `done`: how many updates have been made with them.
         """
         return states.dump(self._loop)
 

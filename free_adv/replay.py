@@ -14,7 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from free_adv.batch import find, tensors
-from free_adv.loop import Group, Loop
+from free_adv.group import Group
+from free_adv.loop import Loop
 
 
 class Replay:
@@ -50,7 +51,7 @@ class Replay:
                 stacklevel=2,
             )
         # If the loader raises here, nothing has changed.
-        chunks = _chunks(iter(loader), loader, loop.accumulate)
+        chunks = _chunks(iter(loader), loader, loop.accumulate * loop.window)
         ended = False  # Accelerate's flag, see below
         me = loop.open()
         watch = None

@@ -13,10 +13,11 @@ from torch import Tensor, distributed
 from free_adv.batch import move, rebuilt, tensors
 from free_adv.checks import describe
 from free_adv.delta import Delta
-from free_adv.loop import Group, Loop
+from free_adv.group import Group
+from free_adv.loop import Loop
 
 VERSION = 2
-KEYS = {"version", "settings", "rank", "delta", "minibatch", "done"}
+KEYS = {"version", "settings", "rank", "delta", "places", "window", "done"}
 
 
 def dump(loop: Loop) -> dict[str, Any]:
@@ -27,8 +28,9 @@ def dump(loop: Loop) -> dict[str, Any]:
         "settings": _settings(loop),
         "rank": _rank(),
         "delta": [buffer.clone() for buffer in loop.delta.buffers.values()],
+        "places": [place for *_, place in loop.delta.buffers],
         # Copies: a view would take all the data that it is a view of into the file.
-        "minibatch": None if group is None else [_copy(batch) for batch in group.batches],
+        "window": None if group is None else [[*map(_copy, batches)] for batches in group.window],
         "done": 0 if group is None else group.done,
     }
 
@@ -91,41 +93,44 @@ def _demand_settings(loop: Loop, theirs: Any) -> None:
 
 def _read(loop: Loop, state: dict[str, Any]) -> tuple[Delta, Group | None]:
     """What the state holds, checked, without touching what is in flight."""
-    rank, batches, done = state["rank"], state["minibatch"], state["done"]
+    rank, window, done = state["rank"], state["window"], state["done"]
     if not (_is_list(rank) and len(rank) == 2 and all(map(_is_count, rank)) and rank[0] < rank[1]):
         raise ValueError(f"state['rank'] must be [rank, number of ranks], got {rank!r}")
-    if batches is not None and not (_is_list(batches) and batches):
-        raise ValueError(f"state['minibatch'] must be a list of batches, got {batches!r:.80}")
-    if not _is_count(done) or done > (loop.replays if batches else 0):
-        raise ValueError(f"state['done'] must be a number of replays made, got {done!r}")
-    delta = _delta(loop.delta, state["delta"])
-    if batches is None:
+    if window is not None and not (_is_list(window) and window and all(map(_is_list, window))):
+        raise ValueError(f"state['window'] must be a list of minibatches, got {window!r:.80}")
+    if not _is_count(done) or done > loop.replays * len(window or ()):
+        raise ValueError(f"state['done'] must be a number of updates made, got {done!r}")
+    delta = _delta(loop.delta, state["delta"], state["places"])
+    if window is None:
         return delta, None
-    if len(batches) > loop.accumulate:
+    most = max(map(len, window))
+    if len(window) > loop.window or not 0 < most <= loop.accumulate:
         raise ValueError(
-            f"state has a minibatch of {len(batches)} batches, but this object has "
-            f"accumulate={loop.accumulate}; construct it with the same settings"
+            f"state has {len(window)} minibatches of up to {most} batches, but this object has "
+            f"window={loop.window} and accumulate={loop.accumulate}; construct it with the same settings"
         )
-    batches = [_copy(batch) for batch in batches]
-    for _, t in tensors(batches):
+    window = [[*map(_copy, batches)] for batches in window]
+    for _, t in tensors(window):
         if t.device.type == "meta":
             raise ValueError(f"state has a minibatch without values: {describe(t)}")
     if loop.device is not None:
-        batches = [move(batch, loop.device) for batch in batches]
+        window = [[move(batch, loop.device) for batch in batches] for batches in window]
     shapes = _shapes(delta)
-    group = Group(delta, batches, loop.paths, loop.replays, done)
+    group = Group(delta, window, loop.paths, loop.replays, done)
     if _shapes(delta) != shapes:
         found = ", ".join(describe(x) for inputs in group.inputs or () for _, _, x, _ in inputs)
         raise ValueError(f"state has a minibatch of {found}, but its delta has shapes {shapes}")
     return delta, group
 
 
-def _delta(old: Delta, buffers: Any) -> Delta:
+def _delta(old: Delta, buffers: Any, places: Any) -> Delta:
     """A twin of `old` that holds copies of the saved buffers."""
     threat, found = old.threat, {}
     if not _is_list(buffers):
         raise TypeError(f"state['delta'] must be a list of tensors, got {type(buffers).__name__}")
-    for buffer in buffers:
+    if not (_is_list(places) and len(places) == len(buffers) and all(map(_is_count, places))):
+        raise ValueError(f"state['places'] must be a place for each delta, got {places!r}")
+    for buffer, place in zip(buffers, places, strict=True):
         if not isinstance(buffer, Tensor):
             raise TypeError(
                 f"state['delta'] must be a list of tensors, got a {type(buffer).__name__} in it"
@@ -139,12 +144,13 @@ def _delta(old: Delta, buffers: Any) -> Delta:
         # Written so that NaN is refused.
         if buffer.numel() and not threat.distance(buffer).max() <= threat.eps * (1 + 1e-4):
             raise ValueError(f"state['delta'] leaves the ball of radius eps={threat.eps}: {what}")
-        found[tuple(buffer.shape[1:]), buffer.dtype] = buffer.clone()
+        found[tuple(buffer.shape[1:]), buffer.dtype, place] = buffer.clone()
     if len(found) < len(buffers):
-        raise ValueError("state['delta'] has several tensors for samples of the same shape")
+        raise ValueError("state['delta'] has several tensors for one shape and place")
     new = Delta(threat, old.step_size, old.start)
     new.load(found)
-    if len(old.buffers) == len(found) == 1 and old.buffers.keys() != found.keys():
+    one, other = ({key[:2] for key in delta.buffers} for delta in (old, new))
+    if len(one) == len(other) == 1 and one != other:
         raise ValueError(
             f"state has delta of shape {_shapes(new)[0]}, but this object has shape {_shapes(old)[0]}; "
             "construct a new FreeAdversarial to go on from this state"

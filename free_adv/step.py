@@ -30,13 +30,15 @@ def step(loop: Loop, loss: Tensor) -> None:
         )
     scalar("loss", loss)
     index, stepping = waiting[0], False
-    ends = index == len(group.batches) - 1
+    _, part = group.order[0]
+    ends = index == len(part) - 1
     try:
         if index == 0:
             for optimizer in loop.optimizers:
                 optimizer.zero_grad()
-        if len(group.batches) > 1 and any(group.sizes):  # its share of the mean over the group
-            loss = loss * (group.sizes[index] / sum(group.sizes))
+        sizes = group.sizes[part.start : part.stop]
+        if len(part) > 1 and any(sizes):  # its share of the mean over the minibatch
+            loss = loss * (sizes[index] / sum(sizes))
         scaled = loss if loop.scaler is None else loop.scaler.scale(loss)
         scaled.backward()  # type: ignore[no-untyped-call]
         if group.slots[index].waits:

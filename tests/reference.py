@@ -26,18 +26,19 @@ def batches(sizes=(8, 8, 3), dtype=torch.float32, seed=0):
     return result
 
 
-def free_training(model, optimizer, loader, *, eps, m, epochs):
-    """Yield `delta` after each update of it and of the weights."""
+def free_training(model, optimizer, loader, *, eps, m, epochs, window=1):
+    """Yield `delta` after each update of it and of the weights; the minibatches of a window take turns."""
     size = max(len(x) for x, _ in loader)
-    delta = torch.zeros((size, *loader[0][0].shape[1:]), dtype=loader[0][0].dtype)
+    deltas = torch.zeros((window, size, *loader[0][0].shape[1:]), dtype=loader[0][0].dtype)
     for _ in range(epochs):
-        for x, y in loader:
-            n = len(x)
+        for first in range(0, len(loader), window):
             for _ in range(m):
-                x_adv = (x + delta[:n]).clamp(0, 1).requires_grad_()  # the gradient is taken here
-                loss = functional.cross_entropy(model(x_adv), y)
-                optimizer.zero_grad()
-                loss.backward()
-                delta[:n] = (delta[:n] + eps * x_adv.grad.sign()).clamp(-eps, eps)
-                optimizer.step()
-                yield delta.clone()
+                for (x, y), delta in zip(loader[first : first + window], deltas, strict=False):
+                    n = len(x)
+                    x_adv = (x + delta[:n]).clamp(0, 1).requires_grad_()  # its gradient is taken
+                    loss = functional.cross_entropy(model(x_adv), y)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    delta[:n] = (delta[:n] + eps * x_adv.grad.sign()).clamp(-eps, eps)
+                    optimizer.step()
+                    yield deltas.flatten(0, 1).clone()

@@ -41,12 +41,14 @@ class Model:
     def agrees(self, free):
         for (
             shape,
-            _,
+            *_,
         ), buffer in free._loop.delta.buffers.items():  # made for a whole group at once
             assert torch.equal(
                 buffer, self.rows(shape, 0, max(len(buffer), len(self.delta.get(shape, ()))))
             )
-        return free._loop.delta.buffers.keys() == {(shape, torch.float32) for shape in self.delta}
+        return free._loop.delta.buffers.keys() == {
+            (shape, torch.float32, 0) for shape in self.delta
+        }
 
 
 def drawn(data, shape):

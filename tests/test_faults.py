@@ -372,7 +372,7 @@ def test_a_corrupt_sample_leaves_the_state_after_the_last_full_minibatch(workers
     full = 3 if accumulate == 1 else 2
     before = Training(accumulate=accumulate).go(healthy(stop=full))
     assert equal(run.outcome(), before.outcome())
-    assert run.free.state_dict()["minibatch"] is None
+    assert run.free.state_dict()["window"] is None
     whole = Training(accumulate=accumulate).go(healthy())
     resumed = Training(run.state(), accumulate=accumulate).go(healthy(first=full))
     assert equal(resumed.outcome(), whole.outcome())
@@ -634,7 +634,7 @@ class Interrupt:
 
 
 # Where weights and delta move, one after the other.
-MOVES = {("step.py", "_move_weights"), ("loop.py", "take_in"), ("delta.py", "forget")}
+MOVES = {("step.py", "_move_weights"), ("group.py", "take_in"), ("delta.py", "forget")}
 MOVES |= {("delta.py", "ascend"), ("threat.py", "climb")}
 MOVES |= {("replay.py", "_warn_of_far"), ("replay.py", "<lambda>")}  # in a step of the loop's own
 # Where a minibatch has left the loader and the object does not hold it yet.

@@ -117,7 +117,7 @@ def test_what_cannot_be_an_input_is_refused_and_nothing_is_lost(name, seen):
     with pytest.raises(error, match=phrase):
         train(free, x)
     after = free.state_dict()
-    assert after["minibatch"] is None
+    assert after["window"] is None
     assert all(map(torch.equal, before, after["delta"]))
     assert len(train(free, GOOD)) == 2
 

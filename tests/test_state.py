@@ -89,9 +89,9 @@ def test_a_state_is_a_copy_when_it_is_taken_and_when_it_is_loaded():
     free.step(functional.cross_entropy(model(x), y))
     assert torch.equal(state["delta"][0], before)
     loader[0][0].zero_()  # a loader that uses its memory again
-    assert torch.equal(state["minibatch"][0][0], kept[0])
+    assert torch.equal(state["window"][0][0][0], kept[0])
     free.load_state_dict(state)
-    state["minibatch"][0][0].zero_()
+    state["window"][0][0][0].zero_()
     state["delta"][0].fill_(1)
     x, _ = next(iter(free.replay(loader)))
     assert torch.equal(x.detach(), kept[0])
@@ -101,7 +101,7 @@ def test_a_state_holds_a_view_of_the_data_and_not_all_of_the_data():
     _, _, free = make()
     data = torch.rand(100, 2, 5, 5)
     next(iter(free.replay([(x, torch.zeros(4)) for x in data.split(4)])))
-    (x, _) = free.state_dict()["minibatch"][0]
+    (x, _) = free.state_dict()["window"][0][0]
     assert x.untyped_storage().nbytes() == 4 * 4 * 2 * 5 * 5
 
 
@@ -181,10 +181,12 @@ REFUSED = {  # what replaces the entry at a path of the state, and the phrase of
     "a delta out of the ball": (("delta", 0), 3 * X, "leaves the ball of radius eps=0.1"),
     "a delta of NaN": (("delta", 0), X * torch.nan, "leaves the ball"),
     "a delta of infinity": (("delta", 0), X / 0, "leaves the ball"),
+    "places that are no numbers": (("places",), ["x"], "must be a place for each delta"),
+    "a delta without a place": (("places",), [], "must be a place for each delta"),
     "two deltas of one shape": (
-        ("delta",),
-        [X, X],
-        "several tensors for samples of the same shape",
+        (),
+        {**used()[1], "delta": [X * 0, X * 0], "places": [0, 0]},
+        "several tensors for one shape and place",
     ),
     "a delta of another shape": (
         ("delta", 0),
@@ -196,20 +198,20 @@ REFUSED = {  # what replaces the entry at a path of the state, and the phrase of
         X[:3],
         r"\(8, 2, 5, 5\) .* delta has shapes \[\(3, 2, 5, 5\)\]",
     ),
-    "no batches": (("minibatch",), [], "must be a list of batches"),
-    "batches that are no list": (("minibatch",), {"x": X}, "must be a list of batches"),
-    "more batches than accumulate": (("minibatch",), [(X, X)] * 3, "of 3 .* accumulate=2"),
-    "a batch without an input": (("minibatch",), [{"x": 1}], "no key=0"),
-    "a batch of text": (("minibatch",), ["text"], "no key=0"),
-    "an input that is a number": (("minibatch", 0), (1.0, X), "must be a tensor, got float"),
-    "an input without values": (("minibatch", 0), (X.to("meta"), X), "without values: .* on meta"),
-    "an input of integers": (("minibatch", 0), (X.long(), X), "must be floating point"),
-    "an input of another shape": (("minibatch", 0), (X[:, :1], X), "but its delta has shapes"),
-    "an input of NaN in a new shape": (("minibatch", 0), (X[0] * torch.nan, X), "not finite"),
-    "a number of replays below 0": (("done",), -1, r"\['done'\] must be a number of replays made"),
-    "a number of replays above m": (("done",), 4, "must be a number of replays made, got 4"),
-    "half a replay": (("done",), 0.5, "must be a number of replays made, got 0.5"),
-    "replays of no minibatch": (("minibatch",), None, "must be a number of replays made, got 1"),
+    "no batches": (("window",), [], "must be a list of minibatches"),
+    "batches that are no list": (("window",), {"x": X}, "must be a list of minibatches"),
+    "more batches than accumulate": (("window",), [[(X, X)] * 3], "up to 3 .* accumulate=2"),
+    "a batch without an input": (("window",), [[{"x": 1}]], "no key=0"),
+    "a batch of text": (("window",), [["text"]], "no key=0"),
+    "an input that is a number": (("window", 0, 0), (1.0, X), "must be a tensor, got float"),
+    "an input without values": (("window", 0, 0), (X.to("meta"), X), "without values: .* on meta"),
+    "an input of integers": (("window", 0, 0), (X.long(), X), "must be floating point"),
+    "an input of another shape": (("window", 0, 0), (X[:, :1], X), "but its delta has shapes"),
+    "an input of NaN in a new shape": (("window", 0, 0), (X[0] * torch.nan, X), "not finite"),
+    "a number of replays below 0": (("done",), -1, r"\['done'\] must be a number of updates made"),
+    "a number of replays above m": (("done",), 4, "must be a number of updates made, got 4"),
+    "half a replay": (("done",), 0.5, "must be a number of updates made, got 0.5"),
+    "replays of no minibatch": (("window",), None, "must be a number of updates made, got 1"),
 }
 
 
@@ -234,7 +236,7 @@ def test_a_state_that_contains_itself_is_refused():
     loop = [X, X]
     loop.append(loop)
     with pytest.raises(ValueError, match="state cannot be read: maximum recursion depth exceeded"):
-        free.load_state_dict({**state, "minibatch": [loop]})
+        free.load_state_dict({**state, "window": [[loop]]})
 
 
 def spots(value, path=()):
@@ -334,7 +336,7 @@ def test_a_state_that_is_none_is_refused_and_nothing_is_changed():
     with pytest.raises(ValueError, match="version 3, but this release reads version 2; load it"):
         free.load_state_dict({**before, "version": 3})
     with pytest.raises(ValueError, match="no key=0"):
-        free.load_state_dict({**before, "delta": [], "minibatch": [{"x": 1}]})
+        free.load_state_dict({**before, "delta": [], "places": [], "window": [[{"x": 1}]]})
     assert torch.equal(free.state_dict()["delta"][0], before["delta"][0])
 
 
