@@ -46,8 +46,8 @@ class FreeAdversarial:
         scaler: A `torch.amp.GradScaler` for float16 autocast, driven by `step`.
         max_grad_norm: Clip the norm of the parameters' gradient in `step`. delta is never clipped by it.
         accumulate: Micro-batches per optimizer step; they are replayed as one minibatch.
-        window: How many minibatches take turns: b1 .. bW, *m* times, an update after each, every one with rows of
-            delta of its own. 1 is the paper's loop. Memory holds W minibatches and their deltas.
+        window: How many minibatches take turns: b1 .. bW, *m* times, an update after each. Each has a delta of
+            its own, so that memory holds W minibatches and W deltas. 1 is the paper's loop.
         key: Where in a batch the input is: an index, a name, or a tuple of them for nested batches.
             A batch that is a tensor is the input itself. A list of keys names several inputs, such as two
             views. `...` stands for every element of a list, each *one sample without a batch dimension*:
@@ -191,13 +191,11 @@ class FreeAdversarial:
         Returns:
             A dict of tensors and plain values:
 
-            - `version`: 2.
+            - `version`: 2; `rank`: the rank and the number of ranks of the process group.
             - `settings`: those of the threat model and `replays`, which must be the same at loading.
-            - `rank`: the rank and the number of ranks of the process group.
             - `delta`: a list with one tensor per sample shape and place in the window, of shape (rows, ...), in
               pixel units; `places`: the place of each.
-            - `window`: the list of minibatches in flight, each a list of batches, or None.
-            - `done`: how many updates have been made with them.
+            - `window`: the minibatches in flight, each a list of batches, or None; `done`: updates made with them.
         """
         return states.dump(self._loop)
 

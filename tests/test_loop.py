@@ -238,7 +238,7 @@ def test_a_loader_with_workers_trains_as_one_without():
 def test_device_moves_every_tensor_of_the_batch():
     # meta is a second device that every machine has; it holds no values.
     free = FreeAdversarial(eps=0.1, device="meta", key="x")
-    free.load_state_dict({**free.state_dict(), "delta": [torch.zeros(6, 2, 5, 5)]})
+    free.load_state_dict({**free.state_dict(), "delta": [torch.zeros(6, 2, 5, 5)], "places": [0]})
     batch = {"x": torch.rand(2, 2, 5, 5), "y": [torch.zeros(2)], "name": "a"}
     fresh = next(iter(free.replay([batch])))
     assert fresh["x"].device.type == fresh["y"][0].device.type == "meta"

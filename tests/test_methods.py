@@ -56,7 +56,8 @@ def test_a_method_makes_its_updates_with_each_batch_inside_the_ball_and_the_box(
         x, _ = source[index // updates]
         assert x_adv.min() >= 0
         assert x_adv.max() <= 1
-        assert (x_adv - x).abs().max() <= EPS + 1e-12
+        reach = 3 * EPS if method == "n-fgsm" else EPS  # it is not held in the ball
+        assert (x_adv - x).abs().max() <= reach + 1e-12
     moved = not torch.equal(seen[-1], source[-1][0])
     assert moved == (method != "natural")
     assert not torch.equal(weights[0], network(torch.float64)[0].weight)
