@@ -14,7 +14,6 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch
 from arguments import fraction
 from methods import METHODS, batches, updates_per_batch
 from nets import Standardise, augment, create
-from records import environment, load, random_state, save, set_random_state, write
+from records import environment, load, plain, random_state, save, set_random_state, write
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -336,7 +335,7 @@ def test(run: Run, images: Tensor, labels: Tensor) -> list[dict[str, Any]]:
             model, loader[: hard and -(-hard // args.test_batch)], run.threat, **settings
         )
         print(found)
-        row = {"name": name, "weights": weights, **settings, **asdict(found)}
+        row = {"name": name, "weights": weights, **settings, **plain(found)}
         rows.append({**row, "seconds": time.perf_counter() - start})
     return rows
 

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,12 @@ def write(path: Path, record: dict[str, Any]) -> None:
     new = path.with_name(f"{path.name}.{os.getpid()}.new")
     new.write_text(json.dumps(record, indent=1) + "\n")
     new.replace(path)
+
+
+def plain(found: free_adv.evaluation.Evaluation) -> dict[str, Any]:
+    """An evaluation as plain values, without what it knows of each image."""
+    values = {name: getattr(found, name) for name in ("clean", "robust", "count", "attack")}
+    return {**values, "threat": asdict(found.threat), "standing": found.standing}
 
 
 def random_state() -> dict[str, Any]:

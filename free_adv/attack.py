@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from free_adv.checks import count, positive
+from free_adv.checks import count, masked, positive
+from free_adv.model import Model, labels, logits, undisturbed
 from free_adv.threat import ThreatModel
 
-Model = Callable[[Tensor], Tensor]
+FLAT = "zero or not finite", "at the first step of PGD"
 
 
 def pgd(
@@ -38,7 +38,7 @@ def pgd(
     Args:
         model: Maps a batch to logits of shape (N, classes).
         x: Inputs in the loader's units (normalised if `threat` has `mean` and `std`), shape (N, ...).
-        y: Class indices, shape (N,).
+        y: Class indices of shape (N,): a tensor or a list of whole numbers.
         threat: The threat model, in pixel units.
         steps: Gradient steps of each restart.
         step_size: Length of a step in pixel units. None means `2.5 * eps / steps`, enough to cross the ball.
@@ -53,9 +53,14 @@ def pgd(
     Returns:
         The adversarial inputs, in the units, shape and dtype of `x`.
 
+    Warns:
+        UserWarning: Samples whose gradient is zero or not finite at the first step, where PGD stands still.
+
     Raises:
-        ValueError: A value is out of range, or `x` lies outside the bounds.
-        TypeError: `x` is not a floating-point tensor.
+        ValueError: A value is out of range, `x` lies outside the bounds, `y` are no labels, or the model does
+            not return logits.
+        TypeError: `x` is not a floating-point tensor, `y` are no whole numbers, the model returns no tensor.
+        RuntimeError: Under `torch.inference_mode`.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
@@ -68,32 +73,28 @@ def pgd(
     size = 2.5 * threat.eps / steps if step_size is None else positive("step_size", step_size)
     if loss not in LOSSES:
         raise ValueError(f"loss must be 'ce' or 'cw', got {loss!r}")
-    threat.check(x)
     if generator is None:
         generator = torch.Generator(x.device).manual_seed(torch.initial_seed())
     x = x.detach()
-    best, worst = x.clone(), torch.full((len(x),), -torch.inf, device=x.device)
-    left = torch.arange(len(x), device=x.device)  # those that no start has fooled
     with undisturbed(model, x.device):
-        for _ in range(restarts):
+        threat.check(x, doubts=True)
+        y = labels(y, len(x), None, x.device)
+        best, worst = x.clone(), torch.full((len(x),), -torch.inf, device=x.device)
+        left = torch.arange(len(x), device=x.device)  # those that no start has fooled
+        for restart in range(restarts):
+            rest, y_rest = (x, y) if len(left) == len(x) else (x[left], y[left])
             delta = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
             if random_start:
                 threat.randomise(delta, generator)
-            rest, labels = (x, y) if len(left) == len(x) else (x[left], y[left])
-            x_adv = threat.perturb(rest, delta[left])
-            for _ in range(steps):
-                x_adv.requires_grad_()
-                (grad,) = torch.autograd.grad(LOSSES[loss](model(x_adv), labels).sum(), x_adv)
-                x_adv = x_adv.detach()
-                delta = threat.displacement(rest, x_adv)  # after the bounds
-                threat.ascend(delta, grad, size)
-                x_adv = threat.perturb(rest, delta)
+            x_adv, flat = climb(model, rest, y_rest, threat, delta[left], steps, size, loss)
+            if restart == 0 and flat:
+                warnings.warn(masked(flat, len(x), *FLAT), stacklevel=2)
             if restarts == 1:
                 return x_adv
             with torch.no_grad():
-                logits = model(x_adv)
-            found = LOSSES[loss](logits, labels).to(worst.dtype).nan_to_num(nan=-torch.inf)
-            fooled = logits.argmax(1) != labels
+                answer = model(x_adv)
+            found = LOSSES[loss](answer, y_rest).to(worst.dtype).nan_to_num(nan=-torch.inf)
+            fooled = answer.argmax(1) != y_rest
             better = fooled | (found > worst[left])
             best[left[better]] = x_adv[better]
             worst[left] = torch.maximum(found, worst[left])
@@ -101,6 +102,59 @@ def pgd(
             if not len(left):
                 break
     return best
+
+
+def climb(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    delta: Tensor,
+    steps: int,
+    size: float,
+    loss: str,
+) -> tuple[Tensor, int]:
+    """PGD from one start; and how many samples had no gradient at its first step."""
+    base, flat = x.to(delta.dtype), 0
+    moved = threat.perturb(base, delta)
+    for step in range(steps):
+        x_adv = rounded(threat, x, moved).detach().requires_grad_()
+        answer = logits(model(x_adv), len(x))
+        if step == 0:
+            labels(y, len(x), answer.shape[1], x.device)
+        (grad,) = torch.autograd.grad(LOSSES[loss](answer, y).sum(), x_adv)
+        if step == 0 and len(x):
+            largest = grad.reshape(len(x), -1).abs().amax(1)
+            flat = len(x) - int((largest.isfinite() & (largest > 0)).sum())
+        delta = threat.displacement(base, moved)  # after the bounds
+        threat.ascend(delta, grad, size)
+        moved = threat.perturb(base, delta)
+    return rounded(threat, x, moved), flat
+
+
+def rounded(threat: ThreatModel, x: Tensor, moved: Tensor) -> Tensor:
+    """`moved` in the precision of `x`, where rounding may not leave the ball."""
+    near = moved.to(x.dtype)
+    if x.dtype == moved.dtype:
+        return near
+    base, delta = x.to(moved.dtype), threat.displacement(x, moved)
+    limit: Any = threat.eps
+    if (
+        threat.norm == "l2"
+    ):  # rounding errs both ways: shrink what it has made too long, which is little
+        for _ in range(3):
+            far = threat.distance(threat.displacement(base, near.to(moved.dtype)))
+            far = far.reshape(-1, *[1] * (x.ndim - 1))
+            delta = delta * (threat.eps / far).clamp(max=1)
+            near = threat.perturb(base, delta).to(x.dtype)
+        limit = torch.where(far > threat.eps, delta.abs(), torch.inf)
+    for back in (True, False):  # one unit of that precision towards x, else x itself
+        value = near.to(moved.dtype)
+        away = threat.displacement(base, value)
+        unit = torch.exp2(torch.frexp(value).exponent - 1.0) * torch.finfo(x.dtype).eps
+        nearer = (value - away.sign() * unit).to(x.dtype) if back else x
+        near = torch.where(away.abs() > limit, nearer, near)
+    return near
 
 
 def _margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -113,28 +167,3 @@ def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 LOSSES = {"ce": _cross_entropy, "cw": _margin}
-
-
-@contextlib.contextmanager
-def undisturbed(model: Any, device: torch.device) -> Iterator[None]:
-    """Run a model in evaluation mode; leave modes, parameter gradients and random state as they were."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
-    grads = [p.grad for p in parameters]
-    training = [module.training for module in modules]
-    devices = [] if device.type == "cpu" else [device]
-    with (
-        torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"),
-        torch.enable_grad(),
-    ):
-        try:
-            for module in modules:
-                module.training = False
-            for parameter in parameters:  # an attack's backward() would add to them
-                parameter.grad = None
-            yield
-        finally:
-            for parameter, grad in zip(parameters, grads, strict=True):
-                parameter.grad = grad
-            for module, mode in zip(modules, training, strict=True):
-                module.training = mode

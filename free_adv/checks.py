@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from collections.abc import Iterable
 from numbers import Real
 from typing import Any
@@ -100,15 +101,15 @@ def dense(x: Tensor, channels: int) -> None:
         )
 
 
-def inside(pixels: Tensor, bounds: tuple[float, float] | None, what: str) -> None:
-    """Refuse pixels that are not finite, or that as a whole are not what `bounds` says."""
+def inside(pixels: Tensor, bounds: tuple[float, float] | None, what: str) -> tuple[float, float]:
+    """Refuse pixels that are not finite, or that as a whole are not what `bounds` says; their range."""
     low, high = (float(v) for v in pixels.aminmax())
     if not math.isfinite(low) or not math.isfinite(high):
         raise ValueError(
             f"the input holds values that are not finite, {what}; look for NaN or infinity in the data"
         )
     if bounds is None:
-        return
+        return low, high
     lowest, highest = bounds
     width = highest - lowest
     slack = 1e-2 * width  # half precision rounds, and mean and std are often rounded too
@@ -120,6 +121,39 @@ def inside(pixels: Tensor, bounds: tuple[float, float] | None, what: str) -> Non
             "mean= and std=; if pixels are 0..255, divide them by 255; for any other range pass "
             "bounds=(lowest, highest), with eps in the same units, or bounds=None"
         )
+    return low, high
+
+
+def doubt(
+    x: Tensor, seen: tuple[float, float], bounds: tuple[float, float] | None, eps: float
+) -> None:
+    """Warn of what is odd about the range of a batch, as the loader gave it and as `seen` in pixel units."""
+    (low, high), (first, last) = seen, (float(v) for v in x.aminmax())
+    range_ = f"the input's values run from {low:.3g} to {high:.3g} in pixel units"
+    odd = ""
+    if bounds and (first, last) != seen and bounds[0] <= first < last <= bounds[1]:
+        odd = (
+            f"mean and std are given, but the batch as the loader gives it runs from {first:.3g} to {last:.3g}, "
+            f"inside bounds {bounds}, as images do before normalisation: leave out mean and std, or normalise"
+        )
+    elif bounds and 0 < high - low < (bounds[1] - bounds[0]) / 10:
+        odd = (
+            f"{range_}, less than a tenth of bounds {bounds}: look whether images are divided by 255 twice, or "
+            "bounds are those of 0..255 for images in [0, 1]"
+        )
+    elif 0 < high - low < eps:
+        odd = f"{range_}, and eps={eps:g} is more than that: give eps in the units of the input"
+    if odd:
+        warnings.warn(odd, stacklevel=4)
+
+
+def masked(still: int, samples: int, what: str, when: str) -> str:
+    """What to say of samples that have no gradient."""
+    return (
+        f"the input gradient of {still} of {samples} samples is {what} {when}, so that they are not "
+        "moved: a model may look robust that is not. Look for a layer that rounds, probabilities in place of "
+        "logits, float16 without a GradScaler; in an evaluation try loss='cw', attack='autoattack' or float32"
+    )
 
 
 def numbers(name: str, value: Any) -> tuple[float, ...]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from free_adv.checks import LATE, positive
+from free_adv.checks import LATE, masked, positive
 from free_adv.threat import ThreatModel, finite
 
 Key = tuple[tuple[int, ...], torch.dtype, int]  # sample shape, precision, place in the window
@@ -111,6 +112,7 @@ class Delta:
         """Hold these buffers; they follow the input to its device when next used."""
         self.buffers = buffers
         self.seen = {key[:2] for key in buffers}  # the shapes whose values have been looked at
+        self.fresh: set[Key] = set()  # those of which no gradient has been looked at
         self.latest: list[tuple[Tensor, Rows]] = []  # what was moved last, and by which rows
 
     def __getitem__(self, rows: Rows) -> Tensor:
@@ -122,7 +124,8 @@ class Delta:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         key = (tuple(x.shape[1:]), dtype, place)
         if key[:2] not in self.seen:
-            self.threat.check(x)
+            self.threat.check(x, doubts=not self.seen)
+            self.fresh.add(key)
         start = max((rows.stop for rows in before if rows.key == key), default=0)
         rows = Rows(key, start, start + len(x))
         # The last in use comes last. In one assignment: an interrupt finds the old buffers or the new ones.
@@ -138,13 +141,19 @@ class Delta:
         elif self.start == "uniform":
             self.threat.randomise(self[rows])
 
-    def move(self, x: Tensor, rows: Rows, slot: Slot) -> Tensor:
-        """`x + delta` held inside the bounds; the gradient there arrives at the slot's leaf for these rows."""
+    def move(self, x: Tensor, rows: Rows, slot: Slot, last: bool = False) -> Tensor:
+        """`x + delta` held inside the bounds; the gradient there arrives at the slot's leaf for these rows.
+
+        Of a new shape it is looked at in the last replay: before, weights may begin at zero.
+        """
         leaf = slot.leaves.get(rows)
         if leaf is None:
             leaf = slot.leaves[rows] = self[rows].detach().requires_grad_()
         with torch.enable_grad():
             moved: Tensor = Move.apply(x, leaf, self.threat, slot, rows)
+        if last and rows.key in self.fresh:
+            self.fresh.remove(rows.key)
+            moved.register_hook(_look)  # type: ignore[no-untyped-call]
         return moved
 
     @torch.no_grad()
@@ -188,6 +197,14 @@ class Move(torch.autograd.Function):
         # A copy: its producer may use that memory again, as CUDA graphs do.
         copy = finite(grad, ctx.rows.key[1])
         return grad if ctx.needs_input_grad[0] else None, copy, None, None, None
+
+
+def _look(grad: Tensor) -> None:
+    """Tell of a gradient that is zero for half of the samples or more."""
+    if grad.numel() and grad.device.type != "meta":
+        still = int((grad.detach().reshape(len(grad), -1) == 0).all(1).sum())
+        if still >= len(grad) / 2:
+            warnings.warn(masked(still, len(grad), "zero", "in this replay"), stacklevel=2)
 
 
 def _fitted(old: Tensor | None, x: Tensor, rows: Rows) -> Tensor:

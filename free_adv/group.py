@@ -90,7 +90,7 @@ class Group:
     def next(self) -> Any:
         """The next batch in fresh containers, the perturbed input in its place."""
         self.close(self.past)
-        _, part, index = self.coming(len(self.slots))
+        turn, part, index = self.coming(len(self.slots))
         slot = Slot(self.sizes[index], inside=self.inputs is None)
         self.slots.append(slot)
         self.rows[index] = slot.leaves
@@ -101,7 +101,7 @@ class Group:
         moved = []
         for path, given, x, rows in self.inputs[index]:
             one = x.ndim == len(rows.key[0])  # a sample without a batch dimension
-            t = self.delta.move(x[None] if one else x, rows, slot)
+            t = self.delta.move(x[None] if one else x, rows, slot, turn == self.replays - 1)
             moved.append((path, dressed(t[0] if one else t, given)))
         self.delta.latest = [(x, rows) for _, _, x, rows in self.inputs[index]]
         return rebuilt(self.batches[index], nested(moved))
@@ -120,7 +120,7 @@ class Group:
         rows = self.delta.place(output, peers, self.place(index))
         if turn == 0 and rows not in slot.leaves:
             self.delta.begin(rows)
-        moved = self.delta.move(output, rows, slot)
+        moved = self.delta.move(output, rows, slot, turn == self.replays - 1)
         slot.calls[rows] = weakref.ref(moved.grad_fn)
         self.delta.latest = [*(self.delta.latest if slot.used else ()), (output.detach(), rows)]
         slot.used.append(rows)

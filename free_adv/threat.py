@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from free_adv.checks import dense, describe, inside, numbers, positive
+from free_adv.checks import dense, describe, doubt, inside, numbers, positive
 
 
 @dataclass(frozen=True, init=False)
@@ -60,9 +60,8 @@ class ThreatModel:
         if box is not None and (len(box) != 2 or not box[0] < box[1]):
             raise ValueError(f"bounds must be (lowest, highest), lowest < highest, got {bounds!r}")
         if box is not None and norm == "linf" and eps > box[1] - box[0]:
-            raise ValueError(
-                f"eps must not exceed the width of bounds {box}, got {eps:g}; did you mean eps={eps:g}/255?"
-            )
+            cure = f"did you mean eps={eps:g}/255?"
+            raise ValueError(f"eps must not exceed the width of bounds {box}, got {eps:g}; {cure}")
         if (mean is None) != (std is None):
             raise ValueError(
                 f"mean and std belong together, got mean={mean!r}, std={std!r}; "
@@ -152,10 +151,9 @@ class ThreatModel:
             delta.uniform_(-self.eps, self.eps, generator=generator)
             return
         noise = torch.empty_like(delta).normal_(generator=generator)
-        # A uniform draw from a d-dimensional ball has the radius u^(1/d).
         norm = _per_sample(noise, 2).clamp(min=torch.finfo(delta.dtype).tiny)
         radius = torch.empty_like(norm).uniform_(generator=generator)
-        radius.pow_(1 / max(1, delta[:1].numel())).mul_(self.eps)
+        radius.pow_(1 / max(1, delta[:1].numel())).mul_(self.eps)  # in d dimensions u^(1/d)
         torch.mul(noise, radius / norm, out=delta)
 
     def displacement(self, x: Tensor, x_adv: Tensor) -> Tensor:
@@ -168,21 +166,23 @@ class ThreatModel:
         """Norm of each sample of `delta`, shape (N, ...), as a tensor of shape (N,)."""
         return _per_sample(delta, math.inf if self.norm == "linf" else 2).reshape(len(delta))
 
-    def check(self, x: Tensor, values: bool = True) -> None:
+    def check(self, x: Tensor, values: bool = True, doubts: bool = False) -> None:
         """Refuse a batch that cannot be what this threat model describes.
 
         Args:
             x: A batch in the loader's units, shape (N, ...).
-            values: Whether to look at the values too, for which the host waits.
+            values: Whether to look at the values too, and wait for them.
+            doubts: Whether to warn of odd ones.
 
         Raises:
-            TypeError: `x` is not a dense floating-point tensor.
-            ValueError: `x` has no batch dimension, has other channels than `mean` and `std`, holds
-                values that are not finite, or lies outside `bounds` but for some stray ones.
+            TypeError, ValueError: No dense floating-point batch with as many channels as `mean`, or its
+                values are not finite, or outside `bounds` but for some stray ones.
         """
         dense(x, 1 if self.mean is None else len(self.mean))
         if values and x.numel() and x.device.type != "meta":
-            inside(self.to_pixels(x.detach()), self.bounds, describe(x))
+            seen = inside(self.to_pixels(x.detach()), self.bounds, describe(x))
+            if doubts and x.numel() >= 100:
+                doubt(x.detach(), seen, self.bounds, self.eps if self.norm == "linf" else 0.0)
 
     def _units(self, x: Tensor) -> tuple[Any, Any, Any, Any]:
         """The bounds in the loader's units, mean and std, so that they broadcast over the batch `x`."""

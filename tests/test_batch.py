@@ -213,7 +213,7 @@ def test_an_input_whose_gradient_does_not_come_is_told_though_another_has_its():
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_each_element_of_a_list_is_one_sample_of_its_own_size(norm):
-    images = [torch.rand(3, 6, 6 + i % 2) for i in range(4)]
+    images = [torch.rand(3, 6, 6 + i % 2) * 2 - 1 for i in range(4)]
     targets = [{"boxes": torch.rand(2, 4)} for _ in images]
     scale = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}  # channels are dimension 0 here
     free = FreeAdversarial(eps=EPS, replays=3, norm=norm, key=(0, ...), **scale)

@@ -152,12 +152,14 @@ def sequence_of_batches(data):
         assert all(map(torch.equal, before, batch))
 
 
+@pytest.mark.filterwarnings("ignore:the input gradient of", "ignore:the input's values run")
 @pytest.mark.parametrize("sequence", [sequence_of_calls, sequence_of_batches])
 def test_any_sequence_does_what_a_plain_model_says(sequence):
     hypothesis.given(st.data())(hypothesis.settings(max_examples=150)(sequence))()
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the input gradient of", "ignore:the input's values run")
 @pytest.mark.parametrize("sequence", [sequence_of_calls, sequence_of_batches])
 def test_many_sequences_do_what_a_plain_model_says(sequence):
     settings = hypothesis.settings(max_examples=EXAMPLES, database=None)

@@ -1,6 +1,7 @@
 """What a replay costs beside the training itself: no waiting for the device, no further copies."""
 
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -26,15 +27,16 @@ class Operators(TorchDispatchMode):
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "normalised"])
-def test_after_the_first_replay_no_value_is_read_and_no_constant_is_made(norm, scaled):
+def test_after_the_first_minibatch_no_value_is_read_and_no_constant_is_made(norm, scaled):
     scale = {"mean": (0.4, 0.5), "std": (0.2, 0.3)} if scaled else {}
     model = network()
     free = FreeAdversarial(
         torch.optim.SGD(model.parameters(), 0.1), eps=0.1, norm=norm, replays=3, **scale
     )
-    replay = iter(free.replay(batches((4, 4))))
-    x, y = next(replay)
-    free.step(functional.cross_entropy(model(x), y))
+    loader = [(free.threat.from_pixels(x, x.dtype), y) for x, y in batches((4, 4))]
+    replay = iter(free.replay(loader))
+    for x, y in itertools.islice(replay, 3):
+        free.step(functional.cross_entropy(model(x), y))
     with Operators() as operators:
         for x, y in replay:
             free.step(functional.cross_entropy(model(x), y))
@@ -72,6 +74,7 @@ def test_a_replay_makes_few_kernels_and_passes_over_the_input(norm, scaled, kern
     scale = {"mean": (0.4, 0.5), "std": (0.2, 0.3)} if scaled else {}
     x, weight = batches((8,))[0][0], torch.ones((), requires_grad=True)
     free = FreeAdversarial(eps=0.1, norm=norm, **scale)
+    x = free.threat.from_pixels(x, x.dtype)
     replay = iter(free.replay([(x, torch.arange(8))]))
     (next(replay)[0] * weight).sum().backward()
     with Passes(x.numel()) as ours:

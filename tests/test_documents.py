@@ -206,9 +206,9 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page, names_for, capsys):
 
 def test_the_tutorial_runs_and_its_outputs_and_pictures_are_those_of_its_code(tmp_path, capsys):
     names = tutorial.run()
-    printed = re.findall(r"clean +([\d.]+)%  robust +([\d.]+)%", capsys.readouterr().out)
+    printed = re.findall(r"clean +([\d.]+)% robust +([\d.]+)%", capsys.readouterr().out)
     text = "\n".join(blocks("docs/tutorial.md", "text"))
-    shown = re.findall(r"clean +([\d.]+)%  robust +([\d.]+)%", text)
+    shown = re.findall(r"clean +([\d.]+)% robust +([\d.]+)%", text)
     assert len(printed) == len(shown) == 2
     for mine, theirs in zip(printed, shown, strict=True):
         for value, other in zip(mine, theirs, strict=True):

@@ -25,7 +25,7 @@ def table(out):
     return {name: (float(clean) / 100, float(robust) / 100) for name, clean, robust in rows}
 
 
-RESULT = r"clean +[\d.]+%  robust +[\d.]+%"
+RESULT = r"clean +[\d.]+% robust +[\d.]+%"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 DRY_RUNS = [
     (r"amp=fp16 updates=2:", "with_amp.py", "--amp", "fp16"),

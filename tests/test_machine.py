@@ -568,6 +568,7 @@ class Machine(RuleBasedStateMachine):
             assert abs(weight.item() - model.weight) < 1e-9
 
 
+@pytest.mark.filterwarnings("ignore:the input gradient of", "ignore:the input's values run")
 def test_any_sequence_of_calls_does_what_a_plain_model_says():
     run_state_machine_as_test(
         Machine, settings=hypothesis.settings(max_examples=60, stateful_step_count=40)
@@ -575,6 +576,7 @@ def test_any_sequence_of_calls_does_what_a_plain_model_says():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the input gradient of", "ignore:the input's values run")
 def test_a_long_sequence_of_calls_does_what_a_plain_model_says(capsys):
     made.clear()
     settings = hypothesis.settings(max_examples=300, stateful_step_count=60, database=None)

@@ -91,6 +91,7 @@ class Broken(nn.Module):
         return {"infinite": out * torch.inf, "blind": out * 0}.get(self.how, out)
 
 
+@pytest.mark.filterwarnings("ignore:the input gradient of")
 @pytest.mark.parametrize(
     ("how", "fault"),
     [
