@@ -102,7 +102,8 @@ def main() -> None:
         args.passes = args.replays = 2
     passes = args.passes
 
-    torch.set_num_threads(1)  # threads would wait for one another: the network is too small for several
+    # Threads would wait for one another: the network is too small for several.
+    torch.set_num_threads(1)
     threat = ThreatModel(args.eps)
     torch.manual_seed(args.seed)
     initial = network()

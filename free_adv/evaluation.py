@@ -67,9 +67,9 @@ def _percent(share: float) -> str:
 
 
 def _levels(size: float) -> str:
-    """A length in pixel units as people write it, `8/255` where it is a whole number of grey levels."""
+    """A length in pixel units as people write it, `8/255` where it is a small number of grey levels."""
     levels = round(size * 255, 6)
-    return f"{levels:.0f}/255" if levels == round(levels) else f"{size:g}"
+    return f"{levels:.0f}/255" if levels == round(levels) < 100 else f"{size:.4g}"
 
 
 def evaluate(

@@ -114,17 +114,34 @@ class Run:
         self.attack(i)
 
     def attack(self, i: int, everything: bool = False) -> None:
-        """Round `i` for full batches; for the rest in the end, in pieces of one size where they may be filled up."""
+        """Round `i` for full batches, and for the rest in the end."""
         this = self.rounds[i]
-        piece = self.size if this.foreign else -(-self.size // 8)
+        self.bar.set_postfix_str(this.label)
         while (n := len(this)) and (everything or n >= self.size):
-            x, y, number = this.take(self.size if n >= self.size else piece)
-            self.bar.set_postfix_str(this.label)
-            lack = 0 if this.foreign or n >= self.size else piece - len(y)
-            more = [torch.cat((t, t[:1].expand(lack, *t.shape[1:]))) if lack else t for t in (x, y)]
-            stands = self.judge(this, *more)[: len(y)]
+            x, y, number = this.take(self.size)
+            ends = i + 1
+            if n >= self.size or this.foreign:
+                stands = self.judge(this, x, y)
+            else:  # the rest makes its other starts at once, which fills batches
+                later = (
+                    k for k in range(i, len(self.rounds)) if self.rounds[k].label != this.label
+                )
+                ends = next(later, len(self.rounds))
+                starts = ends - i
+                stands = self.padded(this, x.repeat(starts, *[1] * (x.ndim - 1)), y.repeat(starts))
+                stands = stands.view(starts, n).all(0)
             this.fooled += len(y) - int(stands.sum())
-            self.push(i + 1, x[stands], y[stands], number[stands])
+            self.push(ends, x[stands], y[stands], number[stands])
+
+    def padded(self, this: Round, x: Tensor, y: Tensor) -> Tensor:
+        """`judge` in full batches and eighths of one, the last filled up, so that there are two sizes."""
+        found, eighth = [], -(-self.size // 8)
+        while len(y):
+            n = self.size if len(y) >= self.size else eighth
+            fill = torch.arange(n, device=y.device) % len(y)
+            found.append(self.judge(this, x[fill], y[fill])[: len(y)])
+            x, y = x[n:], y[n:]
+        return torch.cat(found)
 
     def judge(self, this: Round, x: Tensor, y: Tensor) -> Tensor:
         """Which images stand an attack."""
@@ -183,11 +200,10 @@ def share(loader: Any) -> int | None:
 class NoBar(contextlib.nullcontext[None]):
     """In place of a bar."""
 
-    def update(self) -> None:
-        """Nothing."""
+    def update(self, *text: str) -> None:
+        """Show nothing."""
 
-    def set_postfix_str(self, text: str) -> None:
-        """Nothing."""
+    set_postfix_str = update
 
 
 def bar(loader: Any, name: str, progress: bool) -> Any:

@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import attacks
 import cifar10
+import curve
 import numpy as np
 import pictures
 import pytest
@@ -100,6 +102,29 @@ def test_finished_runs_are_drawn_and_put_into_one_table(undisturbed, data, tmp_p
     clean, robust = (f"{100 * record['results'][0][key]:.1f}" for key in ("clean", "robust"))
     row = f"| Free, m=3 | 1.00 | {clean} | {robust} |"
     assert json.loads(table.read_text())["table"][-1] == row
+
+
+def test_accuracy_against_eps_is_drawn_and_measured(undisturbed, data, tmp_path):
+    out, _ = undisturbed
+    picture, table = tmp_path / "curve.png", tmp_path / "curve.json"
+    settings = ["--eps", "1/255", "1/2", "--steps", "5", "--images", "18"]
+    curve.main(
+        [str(out), "--data", str(data), "--plot", str(picture), "--json", str(table), *settings]
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    rows = json.loads(table.read_text())["rows"]
+    assert [row["threat"]["eps"] for row in rows] == [1 / 255, 0.5]
+    assert rows[0]["robust"] >= rows[1]["robust"]
+
+
+def test_the_toolboxes_are_compared_on_a_finished_run(undisturbed, data, tmp_path):
+    out, _ = undisturbed
+    table = tmp_path / "attacks.json"
+    settings = ["--images", "9", "--rounds", "1", "--batch-size", "5", "--attacks", "PGD-20"]
+    attacks.main(["--run", str(out), "--data", str(data), "--json", str(table), *settings])
+    rows = json.loads(table.read_text())["rows"]
+    assert {"free-adv", "foolbox"} <= {row["toolbox"] for row in rows}
+    assert all(0 <= row["robust"] <= 1 and row["seconds"] > 0 for row in rows)
 
 
 def test_a_run_that_is_killed_goes_on_to_the_same_weights(undisturbed, data, tmp_path):

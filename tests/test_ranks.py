@@ -23,6 +23,7 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     SequentialSampler,
+    Subset,
     TensorDataset,
     WeightedRandomSampler,
 )
@@ -157,6 +158,14 @@ def evaluation(model, part=slice(None), **arguments):
     return evaluate(model, loader, ThreatModel(EPS), steps=1, progress=False, **arguments)
 
 
+def evaluation_of_a_sampler(model, shuffle=True):
+    """Of 19 images, which two ranks cannot share evenly."""
+    data = Subset(dataset(), range(19))
+    sampler = DistributedSampler(data, shuffle=shuffle)
+    loader = DataLoader(data, 4, sampler=sampler)
+    return evaluate(model, loader, ThreatModel(EPS), steps=1, progress=False, sharded=True)
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(dataset())
@@ -265,6 +274,7 @@ def on_a_rank(rank, folder):
     part = slice(3, 4) if rank else slice(3)  # of four batches
     results["evaluation"] = evaluation(model, part, sharded=True)
     results["one rank alone"] = None if rank else evaluation(model)
+    results["with repeats"] = evaluation_of_a_sampler(model)
     for name, make in {**PLAIN, **SPLIT}.items():
         results["warnings", name] = warnings_of(make())
     if importlib.util.find_spec("accelerate"):
@@ -377,6 +387,10 @@ def test_an_evaluation_of_shares_adds_up_to_that_of_all_images(ranks):
 
 
 def test_one_rank_alone_can_evaluate_the_model_that_ddp_wraps(ranks):
+    for rank, images in ((0, 10), (1, 9)):
+        assert ranks[rank]["with repeats"].count == 19
+        assert len(ranks[rank]["with repeats"].clean_mask) == images
+    assert ranks[0]["with repeats"] == ranks[1]["with repeats"]
     assert ranks[0]["one rank alone"] == evaluation(with_batch_norm())
 
 
