@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cifar10
 import pictures
@@ -119,6 +120,20 @@ def version(name: str) -> str | None:
         return None
 
 
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Rows in Markdown."""
+    lines = [
+        "| attack, images | toolbox | robust % | time, relative |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        what = f"{row['attack']}, {row['images']}", f"{row['toolbox']} {row['version']}"
+        lines.append(
+            "| " + " | ".join([*what, f"{100 * row['robust']:.1f}", f"{row['ratio']:.2f}"]) + " |"
+        )
+    return lines
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -157,8 +172,9 @@ def main(argv: list[str] | None = None) -> None:
             row = {"attack": attack, "images": n, "toolbox": name, "version": versions[name]}
             rows.append({**row, "robust": robust, "seconds": seconds, "ratio": ratio})
             print(f"{attack:<12}{name:<32}{robust:7.2%} {seconds:8.1f} s {ratio:6.2f}", flush=True)
+    record = {"run": made, "environment": environment("cpu"), "rows": rows}
     if args.json:
-        write(args.json, {"run": made, "environment": environment("cpu"), "rows": rows})
+        write(args.json, record | {"table": table(rows)})
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ one that is robust loses it. PGD on the margin of the logits.
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import cifar10
 import pictures
@@ -18,6 +19,23 @@ from arguments import fraction
 from records import environment, plain, write
 
 from free_adv import ThreatModel, evaluate
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """A line for each run, from its clean accuracy on."""
+    figure, axes = plots.plt.subplots(figsize=(6, 3.8))
+    for i, run in enumerate(dict.fromkeys(row["run"] for row in rows)):
+        mine = [row for row in rows if row["run"] == run]
+        heights = [mine[0]["clean"], *(row["robust"] for row in mine)]
+        levels = [0.0, *(255 * row["threat"]["eps"] for row in mine)]
+        look = {"color": plots.COLOURS[plots.method(run)], "linestyle": ["-", "--", ":"][i % 3]}
+        axes.plot(levels, [100 * h for h in heights], marker=".", label=run, **look)
+    axes.set_xscale("symlog", base=2, linthresh=1)
+    axes.set_xticks(levels)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="eps, grey levels of 255", ylabel="accuracy (%)", ylim=(0, None))
+    axes.legend()
+    plots.save(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,7 +56,6 @@ def main(argv: list[str] | None = None) -> None:
         zip((images[chosen].float() / 255).split(100), labels[chosen].split(100), strict=True)
     )
     settings = {"steps": args.steps, "restarts": args.restarts, "loss": "cw"}
-    figure, axes = plots.plt.subplots(figsize=(6, 3.8))
     rows = []
     for run in args.runs:
         arguments = json.loads((run / "result.json").read_text())["arguments"]
@@ -46,22 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         found = [evaluate(model, loader, ThreatModel(eps), **settings) for eps in args.eps]
         rows += [{"run": run.name, **plain(result)} for result in found]
         print(*found, sep="\n")
-        name = plots.method(arguments["method"])
-        heights = [found[0].clean, *(result.robust for result in found)]
-        widths = [0, *(255 * eps for eps in args.eps)]
-        axes.plot(
-            widths,
-            [100 * h for h in heights],
-            marker=".",
-            label=run.name,
-            color=plots.COLOURS[name],
-        )
-    axes.set_xscale("symlog", base=2, linthresh=1)
-    axes.set_xticks([0, *(255 * eps for eps in args.eps)])
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="eps, grey levels of 255", ylabel="accuracy (%)", ylim=(0, None))
-    axes.legend()
-    plots.save(figure, args.plot)
+    draw(rows, args.plot)
     if args.json:
         write(args.json, {"environment": environment("cpu"), "rows": rows})
 

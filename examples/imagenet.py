@@ -127,7 +127,7 @@ class Training:
         else:
             self.optimizer = torch.optim.AdamW(net.parameters(), **settings)
         self.threat = ThreatModel(args.eps)
-        self.free = FreeAdversarial(eps=args.eps, replays=args.replays)
+        self.free = FreeAdversarial(eps=args.eps, replays=args.replays, window=args.window)
         torch.manual_seed(images.seed_of(args.seed, self.rank))  # each rank has dropout of its own
         starts = images.seed_of(args.seed, self.rank, 1)
         self.generator = torch.Generator(device).manual_seed(starts)
@@ -294,6 +294,7 @@ def parse() -> argparse.Namespace:
     add("--init", type=Path, help="begin with the weights in this file")
     add("--method", default="free", choices=["natural", "free", "pgd", "fgsm-rs"])
     add("--replays", type=int, default=4, help="the paper's m")
+    add("--window", type=int, default=1, help="minibatches that take turns")
     add("--eps", type=fraction, default=4 / 255, help="linf radius, pixels in [0, 1]")
     add("--passes", type=int, default=90, help="natural passes over the data: the cost")
     add("--batch-size", type=int, default=256, help="of each rank")

@@ -22,6 +22,10 @@ SMALL = (
     "--model cnn-16 --images 5000 --passes 50 --lr 0.2 --looks 10 --held-out 500 --test-images 1000 "
     "--test-batch 1000 --attacks pgd-50 autoattack"
 )
+WIDE = (
+    "--model cnn-16 --images 20000 --passes 30 --looks 10 --held-out 1000 --test-batch 1000 --hard-images 1000 "
+    "--weights last best --attacks pgd-20-1 pgd-50 autoattack"
+)
 FREE = "--method free --replays"
 QUICK = "--attacks pgd-50"
 TUNE = f"--passes 5 --lr 0.05 --looks 5 {QUICK}"
@@ -56,16 +60,36 @@ STUDIES: dict[str, dict[str, str]] = {
         "with label smoothing 0.1": f"{FREE} 8 --label-smoothing 0.1 {QUICK}",
         "with all three": f"{FREE} 8 --ema 0.999 --activation silu --label-smoothing 0.1 {QUICK}",
     },
+    "window": {  # equal passes, and where it says so equal cost
+        "natural": "--method natural",
+        **{f"Free, m=8, W={w}": f"{FREE} 8 --window {w}" for w in (1, 4, 8, 16)},
+        **{f"Free, m={m}, W={w}": f"{FREE} {m} --window {w}" for m in (4, 16) for w in (1, 8)},
+        "FGSM-RS": "--method fgsm-rs",
+        "FGSM-RS, half the passes": "--method fgsm-rs --passes 15",
+        "N-FGSM": "--method n-fgsm",
+        "N-FGSM, half the passes": "--method n-fgsm --passes 15",
+        "PGD-7": "--method pgd",
+        "PGD-7, a sixth of the passes": "--method pgd --passes 5",
+    },
 }
+BASES = {"window": WIDE}  # arguments of all rows, SMALL where none are given
+QUICKS = {"window": "--attacks pgd-20-1 pgd-50"}  # without AutoAttack
+RATES = {
+    "window": ("0.1", "0.2")
+}  # of which each row takes the one with the better held-out accuracy
 
 
-def run(label: str, arguments: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+def run(
+    label: str, arguments: str, seed: int, args: argparse.Namespace, lr: str = ""
+) -> dict[str, Any]:
     """The record of one run: made now, or found."""
-    name = "".join(c if c.isalnum() else "-" for c in label)
+    name = f"{label} lr {lr}" if lr else label
+    name = "".join(c if c.isalnum() else "-" for c in name)
     out = args.out / f"{name}-{seed}"
     natural = shlex.quote(str(args.out / f"natural-{seed}" / "weights.pt"))
-    arguments += "" if seed < args.full_seeds else f" {QUICK}"
-    line = f"{SMALL} {arguments.format(natural=natural)} --seed {seed}"
+    arguments += "" if seed < args.full_seeds else f" {QUICKS.get(args.study, QUICK)}"
+    arguments += f" --lr {lr}" if lr else ""
+    line = f"{BASES.get(args.study, SMALL)} {arguments.format(natural=natural)} --seed {seed}"
     argv = [*shlex.split(line), *args.rest, "--data", str(args.data), "--out", str(out)]
     wanted = cifar10.parse(argv)
     if not wanted.attacks:
@@ -83,6 +107,26 @@ def run(label: str, arguments: str, seed: int, args: argparse.Namespace) -> dict
     print(f"{label}, seed {seed}", file=sys.stderr)
     cifar10.main(argv)
     return {"label": label, **json.loads(result.read_text())}
+
+
+def rate(label: str, arguments: str, args: argparse.Namespace) -> str:
+    """The learning rate of a row: that with the better accuracy on held-out images, at the last look of seed 0."""
+    rates = RATES.get(args.study, ())
+    key = "clean" if "natural" in arguments else "robust"
+    scores = {lr: run(label, arguments, 0, args, lr)["curve"][-1][key] for lr in rates}
+    return max(scores, key=scores.__getitem__, default="")
+
+
+def named(result: dict[str, Any], first: str) -> str:
+    """An attack by name, and by the weights that it has met if they are not those of the `first` results."""
+    weights = result.get("weights", "best")
+    return result["name"] + (f", {weights} weights" if weights != first else "")
+
+
+def flat(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with a name of its own for every result."""
+    first = record["results"][0].get("weights", "best")
+    return {**record, "results": [{**r, "name": named(r, first)} for r in record["results"]]}
 
 
 def attacks_of_all(runs: list[dict[str, Any]]) -> list[str]:
@@ -158,10 +202,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args(argv[:cut])
     args.rest = argv[cut + 1 :]
+    rows = STUDIES[args.study]
+    rates = {label: rate(label, arguments, args) for label, arguments in rows.items()}
     runs = [
-        run(label, arguments, seed, args)
+        flat(run(label, arguments, seed, args, rates[label]))
         for seed in range(args.seeds)
-        for label, arguments in STUDIES[args.study].items()
+        for label, arguments in rows.items()
     ]
     for record in runs:
         del record["curve"]
