@@ -66,12 +66,21 @@ def torchattacks(model, x, y, attack, size):
     import torchattacks as ta
 
     if attack not in PGD:
-        adversary = ta.AutoAttack(model, eps=EPS, seed=0)
-        return by_batches(adversary, model, x, y, size)
+        return by_batches(ta.AutoAttack(model, eps=EPS, seed=0), model, x, y, size)
     steps, restarts = PGD[attack]
     one = ta.PGD(model, eps=EPS, alpha=EPS / 4, steps=steps)
     adversary = ta.MultiAttack([one] * restarts) if restarts > 1 else one
     return by_batches(adversary, model, x, y, size)
+
+
+def pyautoattack(model, x, y, attack, size):
+    from pyautoattack import AutoAttack
+
+    if attack in PGD:
+        return None
+    adversary = AutoAttack(model, norm="Linf", eps=EPS, seed=0)
+    moved, _ = adversary.run_standard_evaluation(x, y, batch_size=size)
+    return by_batches(lambda a, b: a, model, moved, y, size)
 
 
 def art(model, x, y, attack, size):
@@ -109,6 +118,7 @@ TOOLBOXES: dict[str, Toolbox] = {
     "free-adv": ours,
     "foolbox": foolbox,
     "torchattacks": torchattacks,
+    "pyautoattack": pyautoattack,
     "adversarial-robustness-toolbox": art,
 }
 
@@ -150,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     images, labels, classes = cifar10.read(args.data, False, False)
     model = pictures.model_of(args.run, made, len(classes)).requires_grad_(False)
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    x, y = images[chosen].float() / 255, labels[chosen]
+    x, y = images[chosen].float().contiguous() / 255, labels[chosen]  # others call view()
     versions = {name: version(name) for name in TOOLBOXES}
     rows = []
     for attack in args.attacks:

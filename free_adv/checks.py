@@ -156,6 +156,17 @@ def masked(still: int, samples: int, what: str, when: str) -> str:
     )
 
 
+def vanishing(grad: Tensor) -> None:
+    """Tell of a gradient that is zero for half of the samples; in float16 a tenth of their entries is enough."""
+    if grad.numel() and grad.device.type != "meta":
+        half = grad.dtype == torch.float16  # where what is too small becomes zero
+        zeros = (grad.detach().reshape(len(grad), -1) == 0).float().mean(1)
+        still = int((zeros >= (0.1 if half else 1)).sum())
+        if still >= len(grad) / 2:
+            what = "zero in a tenth of its entries or more" if half else "zero"
+            warnings.warn(masked(still, len(grad), what, "in this replay"), stacklevel=2)
+
+
 def numbers(name: str, value: Any) -> tuple[float, ...]:
     """One number or several as a tuple of finite floats."""
     several = isinstance(value, Iterable) and not isinstance(value, str)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from free_adv.checks import LATE, masked, positive
+from free_adv.checks import LATE, positive, vanishing
 from free_adv.threat import ThreatModel, finite
 
 Key = tuple[tuple[int, ...], torch.dtype, int]  # sample shape, precision, place in the window
@@ -153,7 +152,7 @@ class Delta:
             moved: Tensor = Move.apply(x, leaf, self.threat, slot, rows)
         if last and rows.key in self.fresh:
             self.fresh.remove(rows.key)
-            moved.register_hook(_look)  # type: ignore[no-untyped-call]
+            moved.register_hook(vanishing)  # type: ignore[no-untyped-call]
         return moved
 
     @torch.no_grad()
@@ -197,14 +196,6 @@ class Move(torch.autograd.Function):
         # A copy: its producer may use that memory again, as CUDA graphs do.
         copy = finite(grad, ctx.rows.key[1])
         return grad if ctx.needs_input_grad[0] else None, copy, None, None, None
-
-
-def _look(grad: Tensor) -> None:
-    """Tell of a gradient that is zero for half of the samples or more."""
-    if grad.numel() and grad.device.type != "meta":
-        still = int((grad.detach().reshape(len(grad), -1) == 0).all(1).sum())
-        if still >= len(grad) / 2:
-            warnings.warn(masked(still, len(grad), "zero", "in this replay"), stacklevel=2)
 
 
 def _fitted(old: Tensor | None, x: Tensor, rows: Rows) -> Tensor:

@@ -55,16 +55,14 @@ class FreeAdversarial:
         device: Where to move a batch, once for all its replays; pass it where the loop would move it. None
             leaves it.
         at: A module whose *output*, one tensor of shape (N, ...), is perturbed in place of the input: an
-            embedding layer for text, the layer that makes floats of uint8 images. `eps` is in its units.
-            Calls before a backward pass have rows of delta each; after one, a call goes on with those that
-            the batch has left, or begins again.
+            embedding layer for text, the layer that makes floats of uint8 images. `eps` is in its units. Calls before
+            a backward pass have rows of delta each; after one, a call goes on with those left, or begins again.
 
     Attributes:
         threat: The `ThreatModel` that `eps`, `norm`, `bounds`, `mean` and `std` make.
 
     Raises:
-        ValueError: A value is out of range; the message names argument, value and cure.
-        TypeError: A value has the wrong type.
+        ValueError, TypeError: A value is out of range or of the wrong type; the message names the cure.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
@@ -121,15 +119,15 @@ class FreeAdversarial:
     def replay(self, loader: Iterable[Any]) -> Replay:
         """Wrap a loader so that each minibatch comes *m* times, its input perturbed by delta.
 
-        Wrap last: after `accelerator.prepare`, after any prefetching. Its length is *m* times that of the
-        loader; other attributes are the loader's own. Every replay yields the batch in fresh containers.
+        Wrap last: after `accelerator.prepare`, after any prefetching. Its length is *m* times the loader's;
+        other attributes are the loader's own. Every replay yields the batch in fresh containers.
 
         Args:
             loader: Any iterable of batches. The input, at `key`, has shape (N, ...) and a floating dtype;
                 channels are dimension 1.
 
         Raises:
-            RuntimeError: In the loop: a replay received no gradient, or a newer one was started.
+            RuntimeError: In the loop: no gradient came, or a newer replay was started.
             ValueError, TypeError: In the loop: no floating-point tensor at `key`, or one outside `bounds`.
         """
         return Replay(self._loop, loader)
@@ -137,8 +135,8 @@ class FreeAdversarial:
     def step(self, loss: Tensor) -> None:
         """Move the weights and delta with one backward pass: use it instead of zero_grad, backward, step.
 
-        With `accumulate`, call it for each micro-batch, the loss not divided: it is weighted by the
-        micro-batch's share of the minibatch, and the optimizer moves after the last one.
+        With `accumulate`, call it for each micro-batch, the loss not divided: it is weighted by its share of the
+        minibatch, and the optimizer moves after the last one.
 
         Args:
             loss: A scalar, the mean over the batch that `replay` has just yielded.
@@ -152,6 +150,16 @@ class FreeAdversarial:
     def skip(self) -> None:
         """Leave out the other replays of a minibatch that has failed, where its error is caught."""
         self._loop.skip()
+
+    def report(self) -> dict[str, Any]:
+        """What the replays have seen since the last report, as plain numbers; the first call begins to look.
+
+        Returns:
+            Lists by replay, nan where nothing was seen: `alignment`, the cosine of delta and the input gradient where it
+            leads, mean over samples; `edge`, the share of delta at the edge of the ball; `loss`, as `step` sees it;
+            and the numbers of `updates` and `skipped`.
+        """
+        return self._loop.report()
 
     def epochs(self, n: int) -> int:
         """Epochs over the replayed loader that cost as much as `n` natural ones: `ceil(n / m)`."""
@@ -170,18 +178,12 @@ class FreeAdversarial:
         A list for several inputs. With `at` the rows of all calls, joined; a list if their shapes differ.
         """
         delta = self._loop.delta
-        return self._latest([delta[rows].reshape(x.shape) for x, rows in delta.latest])
+        return self._loop.latest([delta[rows].reshape(x.shape) for x, rows in delta.latest])
 
     @property
     def clean(self) -> Tensor | list[Tensor] | None:
         """A copy of the latest batch's input (output of `at`) without delta; a list where `delta` is one."""
-        return self._latest([x for x, _ in self._loop.delta.latest])
-
-    def _latest(self, tensors: list[Tensor]) -> Tensor | list[Tensor] | None:
-        if not tensors:
-            return None
-        several = self._loop.several or len({t.shape[1:] for t in tensors}) > 1
-        return [t.clone() for t in tensors] if several else torch.cat(tensors)
+        return self._loop.latest([x for x, _ in self._loop.delta.latest])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a later run needs to go on where this one is.
@@ -203,8 +205,7 @@ class FreeAdversarial:
         """Go on from a `state_dict`: the next `replay` first yields what is left of its minibatch.
 
         Raises:
-            ValueError: The state is malformed or was made with other settings. Nothing is changed.
-            TypeError: The state, or an entry of it, has the wrong type. Nothing is changed.
+            ValueError, TypeError: The state is malformed or was made with other settings. Nothing is changed.
         """
         states.load(self._loop, state)
 

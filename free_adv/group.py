@@ -12,6 +12,7 @@ from torch import Tensor
 
 from free_adv.batch import Path, dressed, find, length, nested, plain, rebuilt
 from free_adv.delta import Delta, Rows, Slot
+from free_adv.tally import Tally
 
 # Where it is, as the loader gave it, as a batch of its own, its rows of delta.
 Input = tuple[Path, Tensor, Tensor, Rows]
@@ -142,21 +143,26 @@ class Group:
             )
         return self.delta.move(output, fits[0][1], self.turn)
 
-    def take_in(self) -> None:
+    def take_in(self, tally: Tally | None = None) -> None:
         """Move delta along the gradients of all replays that have received theirs."""
         while self.order:
-            size = len(self.order[0][1])
+            turn, part = self.order[0]
+            size = len(part)
             replay = self.slots[:size]
             if len(replay) < size or any(slot.waits for slot in replay):
                 return
             for slot in replay:
                 for rows, leaf in slot.leaves.items():
+                    if tally is not None and leaf.grad is not None:
+                        tally.gradient(turn, self.delta[rows], leaf.grad, self.delta.threat)
                     if leaf.grad is not None:
                         self.delta.ascend(rows, leaf.grad)
             for slot in replay:
                 slot.forget()  # the loop's last loss still holds the leaves
             self.past += replay
             del self.slots[:size], self.order[0]
+            if tally is not None:
+                tally.updates += 1
 
     def skip(self) -> None:
         """Leave out the minibatch of the latest batch; the others of the window go on."""

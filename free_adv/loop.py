@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
@@ -13,6 +14,7 @@ from free_adv.batch import Path, move
 from free_adv.checks import CURES
 from free_adv.delta import Delta
 from free_adv.group import Group
+from free_adv.tally import Tally
 
 
 @dataclasses.dataclass
@@ -32,6 +34,7 @@ class Loop:
     group: Group | None = None
     resumed: bool = False  # the group comes from a state and no iterator has begun it
     newest: object = None  # the iterator that may go on
+    tally: Tally | None = None  # once a report was asked for
     told: set[str] = dataclasses.field(default_factory=set)  # what was warned of, once
 
     def open(self) -> object:
@@ -64,7 +67,7 @@ class Loop:
     def settle(self) -> Group | None:
         """Take in the gradients that the loop's own backward passes have left; what is in flight."""
         if self.group is not None:
-            self.group.take_in()
+            self.group.take_in(self.tally)
         return self.group
 
     def demand(self, group: Group) -> None:
@@ -73,7 +76,7 @@ class Loop:
         Raises:
             RuntimeError: A gradient has not arrived that must have: no loop takes more than `accumulate`.
         """
-        group.take_in()
+        group.take_in(self.tally)
         if not group.slots:
             return
         turn, part = group.order[0]
@@ -94,8 +97,24 @@ class Loop:
                 "skip() expects a minibatch in flight: call it inside the replay's loop"
             )
         group.skip()
+        if self.tally is not None:
+            self.tally.skipped += 1
         if not group.order:
             self.leave()
+
+    def report(self) -> dict[str, Any]:
+        """See `FreeAdversarial.report`."""
+        self.settle()
+        if self.tally is None:
+            self.tally = Tally(self.replays)
+        return self.tally.read()
+
+    def latest(self, tensors: list[Tensor]) -> Tensor | list[Tensor] | None:
+        """Copies: one tensor for one input, a list for several or if samples differ in shape."""
+        if not tensors:
+            return None
+        several = self.several or len({t.shape[1:] for t in tensors}) > 1
+        return [t.clone() for t in tensors] if several else torch.cat(tensors)
 
     def leave(self) -> None:
         """Drop what is in flight: its gradients would come too late."""

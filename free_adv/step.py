@@ -30,7 +30,7 @@ def step(loop: Loop, loss: Tensor) -> None:
         )
     scalar("loss", loss)
     index, stepping = waiting[0], False
-    _, part = group.order[0]
+    turn, part = group.order[0]
     ends = index == len(part) - 1
     try:
         if index == 0:
@@ -39,6 +39,8 @@ def step(loop: Loop, loss: Tensor) -> None:
         sizes = group.sizes[part.start : part.stop]
         if len(part) > 1 and any(sizes):  # its share of the mean over the minibatch
             loss = loss * (sizes[index] / sum(sizes))
+        if loop.tally is not None:
+            loop.tally.loss(turn, loss)
         scaled = loss if loop.scaler is None else loop.scaler.scale(loss)
         scaled.backward()  # type: ignore[no-untyped-call]
         if group.slots[index].waits:
@@ -53,7 +55,7 @@ def step(loop: Loop, loss: Tensor) -> None:
             loop.scaler.update(loop.scaler.get_scale())
         raise
     if ends:
-        group.take_in()
+        group.take_in(loop.tally)
 
 
 def _move_weights(loop: Loop) -> None:

@@ -282,6 +282,29 @@ def test_the_replay_tells_of_gradients_that_vanish_once_for_a_shape():
     assert len(told) == 1
 
 
+@pytest.mark.parametrize("scaled", [False, True], ids=["no scaler", "scaler"])
+def test_a_float16_loop_without_a_scaler_is_told(scaled):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        nn.Linear(16, 10),
+    ).half()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4096.0) if scaled else None
+    free = FreeAdversarial(eps=EPS, replays=2)
+    x, y = images(256, shape=(3, 64, 64)).half(), torch.arange(256) % 10
+
+    def train():
+        for a, b in free.replay([(x, y)]):
+            loss = functional.cross_entropy(net(a).float(), b)
+            (scaler.scale(loss) if scaled else loss).backward()
+
+    if scaled:
+        train()
+    else:
+        with pytest.warns(UserWarning, match="zero in a tenth of its entries.*GradScaler"):
+            train()
+
+
 def test_weights_that_begin_at_zero_are_no_false_alarm():
     net = linear()
     nn.init.zeros_(net[1].weight)
