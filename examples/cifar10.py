@@ -129,6 +129,8 @@ class Loader:
 class Run:
     """One training: everything that moves, what it saves, and one update after another."""
 
+    PLAIN = "step", "seconds", "cpu_seconds", "curve", "best", "losses", "since"
+
     def __init__(self, args: argparse.Namespace, images: Tensor, labels: Tensor, classes: int):
         self.args, self.device = args, torch.device(args.device)
         layout = torch.channels_last if args.channels_last else torch.contiguous_format
@@ -183,6 +185,7 @@ class Run:
         self.best: dict[str, Any] = {"score": -math.inf}
         self.judge = "clean" if args.method == "natural" else "robust"
         self.losses, self.since = torch.zeros((), device=self.device), 0  # since the last look
+        self.free.report()  # from now on
 
     def average(self, averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
         """Exponential moving average whose horizon grows until it is that of `--ema`."""
@@ -202,10 +205,7 @@ class Run:
         names = ("model", "ema", "optimizer", "schedule", "scaler", "free")
         return {
             **{name: getattr(self, name).state_dict() for name in names},
-            **{
-                n: getattr(self, n)
-                for n in ("step", "seconds", "cpu_seconds", "curve", "best", "losses", "since")
-            },
+            **{n: getattr(self, n) for n in self.PLAIN},
             "position": [self.loader.epoch, self.loader.taken],
             "starts": self.starts.get_state(),
             "random": random_state(),
@@ -229,7 +229,7 @@ class Run:
                 )
         for name in ("model", "ema", "optimizer", "schedule", "scaler", "free"):
             getattr(self, name).load_state_dict(state[name])
-        for name in ("step", "seconds", "cpu_seconds", "curve", "best", "losses", "since"):
+        for name in self.PLAIN:
             setattr(self, name, state[name])
         self.loader.epoch, self.loader.taken = state["position"]
         self.starts.set_state(state["starts"].cpu())
@@ -257,6 +257,12 @@ class Run:
                 if self.step == self.total:
                     return
 
+    def noted(self) -> dict[str, list[float | None]]:
+        """What the replays have seen since the last look, or since the run went on; None where nothing was."""
+        report = self.free.report()
+        keys = ("alignment", "edge") if self.args.method == "free" else ()
+        return {k: [None if math.isnan(v) else v for v in report[k]] for k in keys}
+
     def look(self) -> None:
         """Attack the held-out images; keep these weights if they are the best so far."""
         loss = self.losses.item() / self.since
@@ -264,6 +270,7 @@ class Run:
             raise SystemExit(f"update {self.step}: the loss is {loss}; try a lower --lr")
         self.losses, self.since = torch.zeros_like(self.losses), 0
         row = {"update": self.step, "lr": self.schedule.get_last_lr()[0], "loss": loss}
+        row |= self.noted()
         if self.held_out:
             found = evaluate(self.judged, self.held_out, self.threat, steps=10, progress=False)
             row |= {"clean": found.clean, "robust": found.robust}
@@ -343,7 +350,20 @@ def test(run: Run, images: Tensor, labels: Tensor) -> list[dict[str, Any]]:
 def draw(record: dict[str, Any], path: Path) -> None:
     """Training loss and accuracy on the held-out images along the run."""
     curve, method = record["curve"], record["arguments"]["method"]
-    figure, (left, right) = plots.plt.subplots(1, 2, figsize=(9, 3.4))
+    aligned = "alignment" in curve[0]
+    figure, axes = plots.plt.subplots(1, 2 + aligned, figsize=(9 + 3 * aligned, 3.4))
+    left, right = axes[:2]
+    if aligned:
+        updates = [row["update"] for row in curve]
+        for i in sorted(
+            {0, 1, len(curve[0]["alignment"]) - 1} & {*range(len(curve[0]["alignment"]))}
+        ):
+            values = [row["alignment"][i] for row in curve]
+            axes[2].plot(
+                updates, [math.nan if v is None else v for v in values], label=f"replay {i + 1}"
+            )
+        axes[2].set(xlabel="update", ylabel="cosine of delta and gradient")
+        axes[2].legend()
     run = {"label": method, "curve": curve, "cost": curve[-1]["update"]}
     plots.curves(left, [run], "loss")
     left.set(xlabel="update", ylabel="training loss")

@@ -143,12 +143,14 @@ def test_a_run_that_is_killed_goes_on_to_the_same_weights(undisturbed, data, tmp
     states = [torch.load(out / "last.pt", weights_only=True) for out in (undisturbed[0], tmp_path)]
     for state in states:
         del state["seconds"], state["cpu_seconds"]
+        for row in state["curve"]:  # what was noted before the kill is lost
+            assert all(-1 <= v <= 1 for key in ("alignment", "edge") for v in row.pop(key))
     assert same(*states)
     again, first = (json.loads((o / "result.json").read_text()) for o in (tmp_path, undisturbed[0]))
     assert again["results"][0]["robust"] == first["results"][0]["robust"]
 
 
-@pytest.mark.parametrize("method", ["natural", "free", "pgd", "fgsm-rs"])
+@pytest.mark.parametrize("method", ["natural", "free", "pgd", "fgsm-rs", "n-fgsm"])
 @pytest.mark.parametrize("more", ["", "--start uniform --amp bf16 --schedule multistep"])
 def test_a_run_goes_on_bit_equal_from_after_any_update(method, more, data, tmp_path):
     settings = "--method", method, *more.split()
@@ -212,7 +214,7 @@ def test_without_held_out_images_the_last_weights_are_taken(data, tmp_path):
     record = cifar10.main(settings)
     assert record["weights"] == f"update {record['updates']}, the last"
     assert record["training_images"] == 90
-    assert [row.keys() for row in record["curve"]] == [{"update", "lr", "loss"}] * 3
+    assert [row.keys() for row in record["curve"]] == [{"update", "lr", "loss", "alignment", "edge"}] * 3
     assert record["results"] == []
 
 
