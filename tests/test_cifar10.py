@@ -214,7 +214,9 @@ def test_without_held_out_images_the_last_weights_are_taken(data, tmp_path):
     record = cifar10.main(settings)
     assert record["weights"] == f"update {record['updates']}, the last"
     assert record["training_images"] == 90
-    assert [row.keys() for row in record["curve"]] == [{"update", "lr", "loss", "alignment", "edge"}] * 3
+    assert [row.keys() for row in record["curve"]] == [
+        {"update", "lr", "loss", "alignment", "edge"}
+    ] * 3
     assert record["results"] == []
 
 

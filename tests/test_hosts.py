@@ -20,8 +20,8 @@ EPS, M, EPOCHS, LR = 0.1, 3, 2, 0.1
 SIZES = (8, 8, 3)  # with two micro-batches per update, the last group is short
 
 
-def algorithm_1(k=1, sizes=SIZES, clip=None, *, ahead=False, shrink=False, autocast=None):
-    """The paper's loop with k micro-batches per update, each slot of a group with its own delta.
+def algorithm_1(k=1, sizes=SIZES, clip=None, *, ahead=False, shrink=False, autocast=None, turns=1):
+    """The paper's loop with k micro-batches per update, each slot of a window of `turns` groups with its own delta.
 
     A host counts its micro-batches through the epoch and updates after k of them, or at the end; it takes
     those of one update `ahead`, or each when it comes, and divides the loss by k or, if the last update
@@ -29,10 +29,10 @@ def algorithm_1(k=1, sizes=SIZES, clip=None, *, ahead=False, shrink=False, autoc
     """
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
-    deltas = [torch.zeros(max(sizes), 2, 5, 5) for _ in range(k)]
+    deltas = [torch.zeros(max(sizes), 2, 5, 5) for _ in range(k * turns)]
     loader = batches(sizes)
     for _ in range(EPOCHS):
-        groups = [loader[i : i + k] for i in range(0, len(loader), k)]
+        groups = [loader[i : i + k * turns] for i in range(0, len(loader), k * turns)]
         order = [slot for group in groups for _ in range(M) for slot in enumerate(group)]
         for first in range(0, len(order), k):
             window = order[first : first + k]
@@ -105,12 +105,14 @@ def lightning(free, k=1, model=None, **arguments):
     return module.net
 
 
-@pytest.mark.parametrize(("k", "clip"), [(1, None), (2, None), (1, 0.05)])
-def test_lightning_ends_at_the_weights_of_algorithm_1(k, clip):
-    free = FreeAdversarial(eps=EPS, replays=M, accumulate=k)
+@pytest.mark.parametrize(
+    ("k", "clip", "turns"), [(1, None, 1), (2, None, 1), (1, 0.05, 1), (1, None, 2), (2, None, 2)]
+)
+def test_lightning_ends_at_the_weights_of_algorithm_1(k, clip, turns):
+    free = FreeAdversarial(eps=EPS, replays=M, accumulate=k, window=turns)
     taken = counting(free)
     model = lightning(free, k, gradient_clip_val=clip)
-    agree(model, algorithm_1(k, clip=clip, shrink=True))
+    agree(model, algorithm_1(k, clip=clip, shrink=True, turns=turns))
     all_taken_in(free, taken)
 
 
@@ -160,11 +162,11 @@ def accelerated(free, k=1, sizes=SIZES, **arguments):
 
 
 @pytest.mark.parametrize("sizes", [SIZES, (8, 8, 8, 3)], ids=["short group", "full groups"])
-@pytest.mark.parametrize("k", [1, 2])
-def test_accelerate_ends_at_the_weights_of_algorithm_1(k, sizes):
-    free = FreeAdversarial(eps=EPS, replays=M, accumulate=k)
+@pytest.mark.parametrize(("k", "turns"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_accelerate_ends_at_the_weights_of_algorithm_1(k, turns, sizes):
+    free = FreeAdversarial(eps=EPS, replays=M, accumulate=k, window=turns)
     taken = counting(free)
-    agree(accelerated(free, k, sizes), algorithm_1(k, sizes, shrink=True))
+    agree(accelerated(free, k, sizes), algorithm_1(k, sizes, shrink=True, turns=turns))
     all_taken_in(free, taken, sizes)
 
 
@@ -246,12 +248,12 @@ def transformers_trainer(free, path, k=1, **arguments):
     return model.net
 
 
-@pytest.mark.parametrize("k", [1, 2])
-def test_the_trainer_of_transformers_ends_at_the_weights_of_algorithm_1(k, tmp_path):
-    free = FreeAdversarial(eps=EPS, replays=M, accumulate=k, key="pixel_values")
+@pytest.mark.parametrize(("k", "turns"), [(1, 1), (2, 1), (2, 2)])
+def test_the_trainer_of_transformers_ends_at_the_weights_of_algorithm_1(k, turns, tmp_path):
+    free = FreeAdversarial(eps=EPS, replays=M, accumulate=k, window=turns, key="pixel_values")
     taken = counting(free)
     model = transformers_trainer(free, tmp_path, k)
-    agree(model, algorithm_1(k, ahead=True))
+    agree(model, algorithm_1(k, ahead=True, turns=turns))
     all_taken_in(free, taken)
 
 
