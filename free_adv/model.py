@@ -25,8 +25,8 @@ def undisturbed(
     """Run a model in evaluation mode; leave modes, gradients, buffers and random state as they were.
 
     Args:
-        model: A module, or a callable that runs some: those that can be found are still from the beginning,
-            any other from when it is called.
+        model: A module, or a callable that runs some: those that can be found are still from the beginning; if
+            there are none, whichever is called.
         device: Where random numbers are drawn, beside the host.
         foreign: Whether code of somebody else's runs, which may change modes and buffers.
 
@@ -66,15 +66,15 @@ def undisturbed(
         torch.enable_grad(),
         contextlib.ExitStack() as ends,
     ):
-        if not isinstance(model, nn.Module):
-            ends.callback(register_module_forward_pre_hook(still).remove)
         try:
             for module in modules(model):
                 still(module)
+            if not modes:  # a global hook, which a compiled module would not like
+                ends.callback(register_module_forward_pre_hook(still).remove)
             yield all_still
         finally:
             all_still()
-            for module, mode in modes.items():
+            for module, mode in reversed(modes.items()):  # a compiled module shares its mode
                 module.training = mode
             for p, grad in grads.values():
                 p.grad = grad

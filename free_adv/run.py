@@ -79,8 +79,7 @@ class Run:
                         "for other batches pass a generator, ((b['image'], b['label']) for b in loader)"
                     )
                 x, y = batch
-                x = x if device is None else x.to(device)
-                self.batch(x, y, most)
+                self.batch(x if device is None else x.to(device), y, most)
                 self.bar.update()
             for i in range(len(self.rounds)):
                 self.attack(i, everything=True)

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -170,6 +171,24 @@ def test_whatever_wraps_a_model_it_runs_in_evaluation_mode_and_is_left_as_it_was
     assert [m.training for m in net.modules()] == modes
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_compiled_model_is_compiled_once_for_each_size_and_left_as_it_was(wrapped):
+    torch._dynamo.reset()
+    net, counter = Live(), CompileCounter()
+    net.eval()
+    y = net(X).argmax(1)
+    net.train()
+    compiled = torch.compile(net, backend=counter, fullgraph=True)
+    model = (lambda x: compiled(x)) if wrapped else compiled
+    loader = list(zip(X.split(5), y.split(5), strict=True))
+    for _ in range(2):
+        result = evaluate(model, loader, THREAT, steps=2, restarts=3, progress=False)
+        assert result.clean == 1
+        assert counter.frame_count <= 4  # with and without a gradient, full and small
+        assert all(m.training for m in net.modules())
+        assert compiled.training
 
 
 def test_a_model_that_a_function_finds_by_its_global_name_is_still_too():
