@@ -45,7 +45,8 @@ def pgd(
         restarts: How many starts are tried; of each sample the first example that fools the model is
             kept, and no other start tried, else that with the largest loss.
         loss: What ascends: "ce", the cross-entropy, or "cw", the margin `max_{j != y} z_j - z_y` of the logits
-            (Carlini & Wagner 2017, arXiv 1608.04644).
+            (Carlini & Wagner 2017, arXiv 1608.04644); restarts after the first take the margin to another class
+            each, the nearest first (as in Gowal et al. 2019, arXiv 1910.09338).
         random_start: Start from a uniform draw from the ball; otherwise from `x` itself.
         generator: Source of the random starts. None draws the same ones at each call, from
             `torch.initial_seed()`. Give training its own generator.
@@ -86,7 +87,8 @@ def pgd(
             delta = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
             if random_start:
                 threat.randomise(delta, generator)
-            x_adv, flat = climb(model, rest, y_rest, threat, delta[left], steps, size, loss)
+            rival = torch.full_like(y_rest, restart)
+            x_adv, flat = climb(model, rest, y_rest, threat, delta[left], steps, size, loss, rival)
             if restart == 0 and flat:
                 warnings.warn(masked(flat, len(x), *FLAT), stacklevel=2)
             if restarts == 1:
@@ -113,8 +115,13 @@ def climb(
     steps: int,
     size: float,
     loss: str,
+    rival: Tensor,
 ) -> tuple[Tensor, int]:
-    """PGD from one start; and how many samples had no gradient at its first step."""
+    """PGD from one start; and how many samples had no gradient at its first step.
+
+    With the margin loss `rival` says for each sample which class the margin is to: 0 whichever is the nearest at
+    each step, k the one that is the k-th after the nearest at the start.
+    """
     base, flat = x.to(delta.dtype), 0
     moved = threat.perturb(base, delta)
     for step in range(steps):
@@ -122,7 +129,13 @@ def climb(
         answer = logits(model(x_adv), len(x))
         if step == 0:
             labels(y, len(x), answer.shape[1], x.device)
-        (grad,) = torch.autograd.grad(LOSSES[loss](answer, y).sum(), x_adv)
+            others = answer.detach().scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
+            chosen = others.gather(1, rival[:, None] % max(1, answer.shape[1] - 1))
+        value = LOSSES[loss](answer, y)
+        if loss == "cw":
+            fixed = (answer.gather(1, chosen) - answer.gather(1, y[:, None]))[:, 0]
+            value = torch.where(rival > 0, fixed, value)
+        (grad,) = torch.autograd.grad(value.sum(), x_adv)
         if step == 0 and len(x):
             largest = grad.reshape(len(x), -1).abs().amax(1)
             flat = len(x) - int((largest.isfinite() & (largest > 0)).sum())

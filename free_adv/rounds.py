@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,19 +26,19 @@ def descents(
     """PGD, a round for each start; `flat` gets how many samples had no gradient in the first, and of how many."""
     generators: dict[torch.device, torch.Generator] = {}
 
-    def start(first: bool) -> Attack:
-        def attack(model: Model, x: Tensor, y: Tensor) -> Tensor:
+    def start(first: bool) -> Callable[..., Tensor]:
+        def attack(model: Model, x: Tensor, y: Tensor, rival: Tensor) -> Tensor:
             generator = generators.setdefault(x.device, torch.Generator(x.device).manual_seed(0))
             delta = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
             threat.randomise(delta, generator)
-            x_adv, zero = climb(model, x, y, threat, delta, steps, size, loss)
+            x_adv, zero = climb(model, x, y, threat, delta, steps, size, loss, rival)
             if first:
                 flat[:] = [flat[0] + zero, flat[1] + len(x)]
             return x_adv
 
         return attack
 
-    return [Round(start(i == 0), label, foreign=False) for i in range(restarts)]
+    return [Round(start(i == 0), label, foreign=False, start=i) for i in range(restarts)]
 
 
 def autoattack(threat: ThreatModel) -> list[Round]:

@@ -24,16 +24,18 @@ class Round:
     """One attack, and the images that wait for it, so that it sees batches of few sizes.
 
     Attributes:
-        attack: Maps a model, inputs and labels to adversarial inputs.
+        attack: Maps a model, inputs and labels (and the restart of each, if not foreign) to adversarial inputs.
         label: Under which its result stands; several rounds, such as restarts, may share one.
         foreign: Whether it is not of this library: it gets copies, and what it returns is checked.
+        start: Which restart it is.
         waiting: Inputs, labels and numbers of the images.
         fooled: How many it has fooled.
     """
 
-    attack: Attack
+    attack: Callable[..., Tensor]
     label: str
     foreign: bool = True
+    start: int = 0
     waiting: list[tuple[Tensor, Tensor, Tensor]] = dataclasses.field(default_factory=list)
     fooled: int = 0
 
@@ -57,7 +59,7 @@ class Run:
         self.model, self.threat, self.rounds, self.autocast = model, threat, rounds, autocast
         self.count = 0
         self.size = 0  # of a batch: that of the first one
-        self.device: torch.device | None = None  # of the images
+        self.device: torch.device | None = None
         self.right = [torch.zeros(0, dtype=torch.bool)]  # by image, on the CPU
         self.standing = [
             torch.zeros(0, dtype=torch.long)
@@ -120,32 +122,34 @@ class Run:
             x, y, number = this.take(self.size)
             ends = i + 1
             if n >= self.size or this.foreign:
-                stands = self.judge(this, x, y)
+                stands = self.judge(this, x, y, torch.full_like(y, this.start))
             else:  # the rest makes its other starts at once, which fills batches
                 later = (
                     k for k in range(i, len(self.rounds)) if self.rounds[k].label != this.label
                 )
                 ends = next(later, len(self.rounds))
                 starts = ends - i
-                stands = self.padded(this, x.repeat(starts, *[1] * (x.ndim - 1)), y.repeat(starts))
+                start = this.start + torch.arange(starts, device=y.device).repeat_interleave(n)
+                many = x.repeat(starts, *[1] * (x.ndim - 1)), y.repeat(starts)
+                stands = self.padded(this, *many, start)
                 stands = stands.view(starts, n).all(0)
             this.fooled += len(y) - int(stands.sum())
             self.push(ends, x[stands], y[stands], number[stands])
 
-    def padded(self, this: Round, x: Tensor, y: Tensor) -> Tensor:
+    def padded(self, this: Round, x: Tensor, y: Tensor, start: Tensor) -> Tensor:
         """`judge` in full batches and eighths of one, the last filled up, so that there are two sizes."""
         found, eighth = [], -(-self.size // 8)
         while len(y):
             n = self.size if len(y) >= self.size else eighth
             fill = torch.arange(n, device=y.device) % len(y)
-            found.append(self.judge(this, x[fill], y[fill])[: len(y)])
-            x, y = x[n:], y[n:]
+            found.append(self.judge(this, x[fill], y[fill], start[fill])[: len(y)])
+            x, y, start = x[n:], y[n:], start[n:]
         return torch.cat(found)
 
-    def judge(self, this: Round, x: Tensor, y: Tensor) -> Tensor:
+    def judge(self, this: Round, x: Tensor, y: Tensor, start: Tensor) -> Tensor:
         """Which images stand an attack."""
         with self.precision(x):
-            given = (x.clone(), y.clone()) if this.foreign else (x, y)
+            given = (x.clone(), y.clone()) if this.foreign else (x, y, start)
             x_adv = this.attack(self.model, *given)
         if not isinstance(x_adv, Tensor) or x_adv.shape != x.shape:
             got = describe(x_adv) if isinstance(x_adv, Tensor) else f"a {type(x_adv).__name__}"
@@ -180,10 +184,8 @@ def refuse_outside(threat: ThreatModel, x: Tensor, x_adv: Tensor, name: str) -> 
             f"{threat.eps:.4g}; give it eps in pixel units and the loader's mean and std"
         )
     if not torch.allclose(threat.perturb(x, delta), x_adv, rtol=slack, atol=slack):
-        raise ValueError(
-            f"attack {name} left bounds {threat.bounds}; give it the bounds of the threat model, in "
-            "the loader's units"
-        )
+        cure = "give it the bounds of the threat model, in the loader's units"
+        raise ValueError(f"attack {name} left bounds {threat.bounds}; {cure}")
 
 
 def share(loader: Any) -> int | None:
@@ -199,7 +201,7 @@ def share(loader: Any) -> int | None:
 class NoBar(contextlib.nullcontext[None]):
     """In place of a bar."""
 
-    def update(self, *text: str) -> None:
+    def update(self, *_: str) -> None:
         """Show nothing."""
 
     set_postfix_str = update
@@ -207,13 +209,11 @@ class NoBar(contextlib.nullcontext[None]):
 
 def bar(loader: Any, name: str, progress: bool) -> Any:
     """A bar over the batches, where there is a terminal or a notebook to show it."""
-    if not progress:
-        return NoBar()
     try:
         from tqdm.auto import tqdm  # type: ignore[import-untyped,unused-ignore]
     except ImportError:
         return NoBar()
-    if not ("notebook" in tqdm.__module__ or sys.stderr.isatty()):
+    if not progress or not ("notebook" in tqdm.__module__ or sys.stderr.isatty()):
         return NoBar()
     total = len(loader) if hasattr(loader, "__len__") else None
     return tqdm(total=total, desc=name, leave=False)
