@@ -152,9 +152,7 @@ def rounded(threat: ThreatModel, x: Tensor, moved: Tensor) -> Tensor:
         return near
     base, delta = x.to(moved.dtype), threat.displacement(x, moved)
     limit: Any = threat.eps
-    if (
-        threat.norm == "l2"
-    ):  # rounding errs both ways: shrink what it has made too long, which is little
+    if threat.norm == "l2":  # rounding errs both ways: shrink what it has made a little too long
         for _ in range(3):
             far = threat.distance(threat.displacement(base, near.to(moved.dtype)))
             far = far.reshape(-1, *[1] * (x.ndim - 1))

@@ -61,9 +61,7 @@ class Run:
         self.size = 0  # of a batch: that of the first one
         self.device: torch.device | None = None
         self.right = [torch.zeros(0, dtype=torch.bool)]  # by image, on the CPU
-        self.standing = [
-            torch.zeros(0, dtype=torch.long)
-        ]  # numbers of images that no attack has fooled
+        self.standing = [torch.zeros(0, dtype=torch.long)]  # which images no attack has fooled
 
     def over(
         self, loader: Iterable[Any], device: Any, sharded: bool, progress: bool, name: str

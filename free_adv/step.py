@@ -39,8 +39,6 @@ def step(loop: Loop, loss: Tensor) -> None:
         sizes = group.sizes[part.start : part.stop]
         if len(part) > 1 and any(sizes):  # its share of the mean over the minibatch
             loss = loss * (sizes[index] / sum(sizes))
-        if loop.tally is not None:
-            loop.tally.loss(turn, loss)
         scaled = loss if loop.scaler is None else loop.scaler.scale(loss)
         scaled.backward()  # type: ignore[no-untyped-call]
         if group.slots[index].waits:
@@ -54,6 +52,8 @@ def step(loop: Loop, loss: Tensor) -> None:
         if stepping and loop.scaler is not None:  # or it takes the next gradients for unscaled ones
             loop.scaler.update(loop.scaler.get_scale())
         raise
+    if loop.tally is not None:
+        loop.tally.loss(turn, loss)
     if ends:
         group.take_in(loop.tally)
 

@@ -29,9 +29,8 @@ class Tally:
         """Note how delta and the gradient at the point that it has led to lie, before it moves."""
         if len(delta):
             grad = grad.to(delta.device)
-            unit = threat.displacement(
-                torch.zeros_like(grad), torch.ones_like(grad)
-            )  # of the loader
+            # A unit of the loader, in pixel units.
+            unit = threat.displacement(torch.zeros_like(grad), torch.ones_like(grad))
             grad = (grad / unit).reshape(len(delta), -1).double()
             flat = delta.detach().reshape(len(delta), -1).double()
             lengths = flat.norm(dim=1) * grad.norm(dim=1)

@@ -133,3 +133,24 @@ def test_minibatches_that_were_skipped_are_counted():
     report = free.report()
     assert report["skipped"] == 1
     assert report["updates"] == 4
+
+
+def test_a_step_that_fails_and_is_tried_again_counts_once():
+    class Sgd(torch.optim.SGD):
+        broken = True
+
+        def step(self):
+            if self.broken:
+                raise InterruptedError
+            super().step()
+
+    model = network()
+    optimizer = Sgd(model.parameters(), 0.1)
+    free = FreeAdversarial(optimizer, eps=EPS, replays=1)
+    free.report()
+    for x, y in free.replay(batches((4,))):
+        with pytest.raises(InterruptedError):
+            free.step(2 * functional.cross_entropy(model(x), y))
+        optimizer.broken = False
+        free.step(loss := functional.cross_entropy(model(x), y))
+    assert free.report()["loss"] == pytest.approx([loss.item()])
