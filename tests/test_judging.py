@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -504,6 +505,10 @@ def test_the_robust_accuracy_of_a_linear_model_is_that_of_its_closed_form(
 
     reach = [furthest(threat, x, pixels, sign) for sign in (1, -1)]
     truth = exact(net[1], pixels, y, threat, reach).double().mean().item()
+    # Steps of a fixed length along one direction g, from a start at right angles to it, leave an angle of
+    # 2 atan(exp(-2.5)) to g on the sphere of an l2 ball, a cosine of 0.987; signs reach every corner.
+    reached = threat if norm == "linf" else replace(threat, eps=0.985 * eps)
+    worst = exact(net[1], pixels, y, reached, reach).double().mean().item()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = evaluate(
@@ -517,4 +522,4 @@ def test_the_robust_accuracy_of_a_linear_model_is_that_of_its_closed_form(
         )
     assert found.clean == 1
     low = dtype == torch.bfloat16  # of whose grid an l2 ball has no closed form
-    assert truth - 1e-9 <= found.robust <= truth + (0.08 if norm == "l2" and low else 0.01)
+    assert truth - 1e-9 <= found.robust <= worst + (0.08 if norm == "l2" and low else 0.01)
