@@ -22,9 +22,9 @@ SMALL = (
     "--model cnn-16 --images 5000 --passes 50 --lr 0.2 --looks 10 --held-out 500 --test-images 1000 "
     "--test-batch 1000 --attacks pgd-50 autoattack"
 )
-WIDE = (
-    "--model cnn-16 --images 20000 --passes 30 --looks 10 --held-out 1000 --test-batch 1000 --hard-images 1000 "
-    "--weights last best --attacks pgd-20-1 pgd-50 autoattack"
+JUDGED = (
+    "--channels-last --looks 5 --held-out 1000 --test-batch 1000 --hard-images 1000 --weights last best "
+    "--attacks pgd-20-1 pgd-50 autoattack"
 )
 FREE = "--method free --replays"
 QUICK = "--attacks pgd-50"
@@ -71,18 +71,31 @@ STUDIES: dict[str, dict[str, str]] = {
         "PGD-7": "--method pgd",
         "PGD-7, a sixth of the passes": "--method pgd --passes 5",
     },
+    "wide": {
+        "natural": "--method natural",
+        **{f"Free, m=8, W={w}": f"{FREE} 8 --window {w}" for w in (1, 8)},
+        "N-FGSM, half the passes": "--method n-fgsm --passes 12",
+    },
 }
-BASES = {"window": WIDE}  # arguments of all rows, SMALL where none are given
-QUICKS = {"window": "--attacks pgd-20-1 pgd-50"}  # without AutoAttack
-RATES = {
-    "window": ("0.1", "0.2")
-}  # of which each row takes the one with the better held-out accuracy
+BASES = {  # arguments of all rows, SMALL where none are given
+    "window": f"--model cnn-16 --images 20000 --passes 30 {JUDGED}",
+    "wide": f"--model cnn-32 --passes 24 --amp bf16 {JUDGED}",
+}
+QUICKS = dict.fromkeys(BASES, "--attacks pgd-20-1 pgd-50")  # without AutoAttack
+RATES = dict.fromkeys(
+    BASES, ("0.1", "0.2")
+)  # of which each row takes the one that is better held out
 
 
 def run(
-    label: str, arguments: str, seed: int, args: argparse.Namespace, lr: str = ""
+    label: str,
+    arguments: str,
+    seed: int,
+    args: argparse.Namespace,
+    lr: str = "",
+    judge: bool = True,
 ) -> dict[str, Any]:
-    """The record of one run: made now, or found."""
+    """The record of one run: made now, or found; without its attacks if nothing is to be judged but the curve."""
     name = f"{label} lr {lr}" if lr else label
     name = "".join(c if c.isalnum() else "-" for c in name)
     out = args.out / f"{name}-{seed}"
@@ -94,6 +107,7 @@ def run(
     wanted = cifar10.parse(argv)
     if not wanted.attacks:
         raise SystemExit("--attacks needs at least one attack: a table is made of them")
+    asked = set(wanted.attacks) if judge else set()
     if (result := out / "result.json").exists():
         record = json.loads(result.read_text())
         was, now = record["arguments"], cifar10.arguments(wanted)
@@ -102,19 +116,21 @@ def run(
                 raise SystemExit(
                     f"{out} has {key} {was.get(key)}, not {now[key]}: take another --out"
                 )
-        if set(wanted.attacks) <= {a["name"] for a in record["results"]}:
+        if asked <= {a["name"] for a in record["results"]}:
             return {"label": label, **record}
-    print(f"{label}, seed {seed}", file=sys.stderr)
-    cifar10.main(argv)
+    print(f"{label}, seed {seed}{f', rate {lr}' if lr else ''}", file=sys.stderr)
+    cifar10.main(argv if judge else [*argv, "--attacks"])
     return {"label": label, **json.loads(result.read_text())}
 
 
-def rate(label: str, arguments: str, args: argparse.Namespace) -> str:
-    """The learning rate of a row: that with the better accuracy on held-out images, at the last look of seed 0."""
-    rates = RATES.get(args.study, ())
+def rate(label: str, arguments: str, args: argparse.Namespace) -> tuple[str, dict[str, float]]:
+    """The learning rate of a row, and the held-out accuracies by which it is chosen, at the last look of seed 0."""
     key = "clean" if "natural" in arguments else "robust"
-    scores = {lr: run(label, arguments, 0, args, lr)["curve"][-1][key] for lr in rates}
-    return max(scores, key=scores.__getitem__, default="")
+    scores = {
+        lr: run(label, arguments, 0, args, lr, judge=False)["curve"][-1][key]
+        for lr in RATES.get(args.study, ())
+    }
+    return max(scores, key=scores.__getitem__, default=""), scores
 
 
 def named(result: dict[str, Any], first: str) -> str:
@@ -198,21 +214,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--full-seeds", type=int, default=1, help="seeds with AutoAttack, minutes each"
     )
-    parser.add_argument("--json", type=Path, help="all results, without their curves")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these, by name")
+    parser.add_argument("--json", type=Path, help="all results")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args(argv[:cut])
     args.rest = argv[cut + 1 :]
     rows = STUDIES[args.study]
+    if args.rows:
+        rows = {label: rows[label] for label in args.rows}
     rates = {label: rate(label, arguments, args) for label, arguments in rows.items()}
     runs = [
-        flat(run(label, arguments, seed, args, rates[label]))
+        flat(run(label, arguments, seed, args, rates[label][0]))
         for seed in range(args.seeds)
         for label, arguments in rows.items()
     ]
-    for record in runs:
-        del record["curve"]
     if args.json:
-        write(args.json, {"study": args.study, "runs": runs, "table": table(runs)})
+        chosen = {"rates": {label: scores for label, (_, scores) in rates.items() if scores}}
+        write(args.json, {"study": args.study, **chosen, "runs": runs, "table": table(runs)})
     if args.plot:
         draw(runs, args.plot)
     print("\n".join(table(runs)))
