@@ -75,6 +75,29 @@ def accuracy_against_cost(axes: Axes, rows: Sequence[dict[str, Any]], attack: st
     axes.set_ylabel("test accuracy (%)")
 
 
+def clean_against_robust(axes: Axes, rows: Sequence[dict[str, Any]], attack: str) -> None:
+    """A mark for each row, as large as its cost, with rows that no attack leaves standing left out.
+
+    Args:
+        axes: Where to draw.
+        rows: Each with "label", "cost", "clean" and "robust" (fractions); rows with the same label look the same.
+        attack: Its name, for the axis.
+    """
+    rows = [row for row in rows if row["robust"] > 0.01]
+    tints = [RED, ORANGE, BLUE, SKY, GREEN, PURPLE, BLACK]
+    for i, label in enumerate(dict.fromkeys(row["label"] for row in rows)):
+        mine = [row for row in rows if row["label"] == label]
+        clean, robust = ([100 * row[k] for row in mine] for k in ("clean", "robust"))
+        size = [40 * row["cost"] for row in mine]
+        style = {"color": tints[i % 7], "marker": "osD^vPX"[i // 7], "alpha": 0.8}
+        axes.scatter(clean, robust, size, label=label, linewidths=0, **style)
+    axes.set(xlabel="clean accuracy (%)", ylabel=f"accuracy under {attack} (%)")
+    axes.set_title("the area of a mark is the training time", fontsize="medium")
+    legend = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    for mark in legend.legend_handles:
+        mark.set_sizes([40])
+
+
 def curves(axes: Axes, runs: Sequence[dict[str, Any]], key: str, colour: str | None = None) -> None:
     """A line for each run over its training time.
 

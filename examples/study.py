@@ -186,7 +186,7 @@ def table(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """Clean accuracy and that under the first attack against the cost, a mark a run."""
+    """Accuracy, clean and under the first attack, with the cost: a mark a run."""
     attack, cost = attacks_of_all(runs)[0], costs(runs)
     rows = [
         {"label": r["label"], "cost": c, "clean": r["results"][0]["clean"], "robust": a["robust"]}
@@ -195,6 +195,10 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         if a["name"] == attack
     ]
     figure, axes = plots.plt.subplots(figsize=(7.5, 4))
+    if len({r["label"] for r in rows}) > 7:  # too many for a picture of cost
+        plots.clean_against_robust(axes, rows, attack)
+        plots.save(figure, path)
+        return
     plots.accuracy_against_cost(axes, rows, attack)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")

@@ -20,6 +20,7 @@ import pictures
 import pytest
 import study
 import torch
+import turns
 from PIL import Image
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -115,6 +116,38 @@ def test_accuracy_against_eps_is_drawn_and_measured(undisturbed, data, tmp_path)
     rows = json.loads(table.read_text())["rows"]
     assert [row["threat"]["eps"] for row in rows] == [1 / 255, 0.5]
     assert rows[0]["robust"] >= rows[1]["robust"]
+
+
+def test_gradients_of_consecutive_replays_are_compared_for_each_window(data, tmp_path):
+    table = tmp_path / "turns.json"
+    more = [*SMALL.split(), "--looks", "1"]
+    turns.main(
+        ["--data", str(data), "--windows", "1", "2", "--json", str(table), "--", *more],
+    )
+    rows = json.loads(table.read_text())["rows"]
+    assert [row["window"] for row in rows] == [1, 2]
+    for row in rows:
+        assert [len(row[name]) for name in ("inputs", "losses", "weights")] == [2, 3, 1]
+        assert all(-1 <= value <= 1 for name in ("inputs", "weights") for value in row[name])
+    first, second = (row["inputs"] for row in rows)
+    assert first != second
+
+
+def test_weights_that_are_the_last_and_the_best_are_attacked_once(data, tmp_path, monkeypatch):
+    asked = []
+    evaluate = cifar10.evaluate
+
+    def counted(*args, **settings):
+        asked.append(settings["steps"])
+        return evaluate(*args, **settings)
+
+    monkeypatch.setattr(cifar10, "evaluate", counted)
+    both = ["--looks", "1", "--weights", "last", "best"]
+    record = cifar10.main(arguments(data, tmp_path, *both))
+    last, best = record["results"]
+    assert asked == [10, 20]  # the look, and the attack
+    assert (last["weights"], best["weights"]) == ("last", "best")
+    assert last["robust"] == best["robust"]
 
 
 def test_the_toolboxes_are_compared_on_a_finished_run(undisturbed, data, tmp_path):
@@ -350,6 +383,21 @@ def test_the_files_of_torchvision_are_read(name, classes, tmp_path, monkeypatch)
         assert torch.equal(images, torch.from_numpy(pixels))
         assert found.tolist() == labels
         assert names == ["a"]
+
+
+def test_many_methods_are_drawn_as_clean_against_robust_accuracy(tmp_path):
+    runs = [
+        {
+            "label": f"Free, m={m}",
+            "arguments": {"seed": 0},
+            "environment": {"machine": "CPU"},
+            "cpu_seconds": 1.0 + m,
+            "results": [{"name": "pgd", "clean": m / 10, "robust": m / 20}],
+        }
+        for m in range(9)
+    ]
+    study.draw(runs, tmp_path / "study.png")
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_table_says_of_how_many_seeds_a_cell_is():
