@@ -157,7 +157,7 @@ class FreeAdversarial:
         Returns:
             Lists by replay, nan where nothing was seen: `alignment`, the cosine of delta and the input gradient where it
             leads, mean over samples; `edge`, the share of delta at the edge of the ball; `loss`, as `step` sees it;
-            and the numbers of `updates` and `skipped`.
+            and the numbers of `updates` and `skipped`. Each rank has its own.
         """
         return self._loop.report()
 

@@ -70,6 +70,7 @@ def train(
     own_backward=False,
     no_sync=False,
     look=False,
+    reported=False,
     **arguments,
 ):
     model = wrap(network(torch.float64))
@@ -78,6 +79,8 @@ def train(
     free = FreeAdversarial(None if own_backward else optimizer, eps=EPS, replays=M, **arguments)
     loader = shard(rank, world)
     source = loader if natural else free.replay(loader)
+    if reported:
+        free.report()  # from now on
     for epoch in range(epochs * M if natural else epochs):
         source.sampler.set_epoch(epoch)
         for x, y in source:
@@ -92,7 +95,7 @@ def train(
                     free.step(loss)
         if look:
             evaluate(model, [dataset()[:]], ThreatModel(EPS), steps=2, progress=False)
-    return outcome(model, free)
+    return free.report() if reported else outcome(model, free)
 
 
 def outcome(model, free):
@@ -266,6 +269,7 @@ def on_a_rank(rank, folder):
     for name, arguments in COUNTED.items():
         if possible(name):
             results["count", name] = collectives(rank, **arguments)
+    results["report"] = train(rank, 2, wrap=DDP, reported=True)
     results["short"] = train_on(rank, SHORT)
     results["fewer"] = train_on(rank, FEWER, join=True)
     results["at once"] = train_in_two_parts(rank, folder, stop=None)
@@ -331,6 +335,16 @@ def test_two_ranks_follow_algorithm_1_on_the_whole_batches(ranks):
 def test_each_rank_has_a_delta_of_its_own(ranks):
     one, two = (ranks[rank]["DDP"][1] for rank in range(2))
     assert (one != two).double().mean() > 0.2
+
+
+def test_each_rank_reports_what_its_own_replays_have_seen(ranks):
+    one, two = (ranks[rank]["report"] for rank in range(2))
+    whole = train(reported=True)
+    for name in ("alignment", "edge", "loss"):
+        means = [(a + b) / 2 for a, b in zip(one[name], two[name], strict=True)]
+        assert means == pytest.approx(whole[name], rel=1e-6)
+    assert one["alignment"] != two["alignment"]
+    assert one["updates"] == two["updates"] == whole["updates"]
 
 
 @pytest.mark.parametrize("name", ["DDP", "FSDP"])
