@@ -145,7 +145,10 @@ class Run:
         self.forward = torch.compile(self.model) if args.compile else self.model
         groups = param_groups_weight_decay(self.model, args.weight_decay)
         self.optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=args.nesterov)
-        self.threat = ThreatModel(args.eps)
+        for module in self.model.modules():
+            if isinstance(module, nn.BatchNorm2d) and args.norm_momentum is not None:
+                module.momentum = args.norm_momentum
+        self.threat, self.judged_by = ThreatModel(args.eps), ThreatModel(args.test_eps or args.eps)
         self.free = FreeAdversarial(
             eps=args.eps,
             replays=args.replays,
@@ -272,7 +275,7 @@ class Run:
         row = {"update": self.step, "lr": self.schedule.get_last_lr()[0], "loss": loss}
         row |= self.noted()
         if self.held_out:
-            found = evaluate(self.judged, self.held_out, self.threat, steps=10, progress=False)
+            found = evaluate(self.judged, self.held_out, self.judged_by, steps=10, progress=False)
             row |= {"clean": found.clean, "robust": found.robust}
         score = row.get(self.judge, math.inf)
         if score >= self.best["score"]:
@@ -338,11 +341,11 @@ def test(run: Run, images: Tensor, labels: Tensor) -> list[dict[str, Any]]:
         model.load_state_dict(last if weights == "last" else run.best["weights"])
         settings = dict(ATTACKS[name])
         if "steps" in settings:
-            settings["step_size"] = run.threat.eps / 4
+            settings["step_size"] = run.judged_by.eps / 4
         hard = args.hard_images if settings.get("restarts", 10) > 1 else None
         start = time.perf_counter()
         found = evaluate(
-            model, loader[: hard and -(-hard // args.test_batch)], run.threat, **settings
+            model, loader[: hard and -(-hard // args.test_batch)], run.judged_by, **settings
         )
         print(found)
         row = {"name": name, "weights": weights, **settings, **plain(found)}
@@ -401,6 +404,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--window", type=whole, default=1, help="minibatches that take turns in Free")
     add("--passes", type=float, default=200.0, help="natural passes over the data: the cost")
     add("--eps", type=fraction, default=8 / 255, help="linf radius, pixels in [0, 1]")
+    add("--test-eps", type=fraction, help="radius of the attacks, if it is not that of training")
     add(
         "--step-size",
         type=fraction,
@@ -414,6 +418,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--weight-decay", type=float, default=5e-4, help="on kernels, not on norms and biases")
     add("--nesterov", action="store_true")
     add("--label-smoothing", type=float, default=0.0)
+    add("--norm-momentum", type=float, help="of batch norm's running statistics")
     add("--pad", type=int, default=4, help="random crops of the image padded by this")
     add("--ema", type=float, default=0.0, help="decay of the averaged weights, such as 0.9995")
     add("--amp", choices=["none", "bf16", "fp16"], default="none")
