@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from free_adv.checks import count, masked, positive
+from free_adv.checks import Loss, choice, count, masked, positive
 from free_adv.model import Model, labels, logits, undisturbed
 from free_adv.threat import ThreatModel
 
@@ -25,7 +26,7 @@ def pgd(
     steps: int = 20,
     step_size: float | None = None,
     restarts: int = 1,
-    loss: str = "ce",
+    loss: Loss = "ce",
     random_start: bool = True,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -72,8 +73,7 @@ def pgd(
     """
     steps, restarts = count("steps", steps), count("restarts", restarts)
     size = 2.5 * threat.eps / steps if step_size is None else positive("step_size", step_size)
-    if loss not in LOSSES:
-        raise ValueError(f"loss must be 'ce' or 'cw', got {loss!r}")
+    choice("loss", loss, Loss)
     if generator is None:
         generator = torch.Generator(x.device).manual_seed(torch.initial_seed())
     x = x.detach()
@@ -114,7 +114,7 @@ def climb(
     delta: Tensor,
     steps: int,
     size: float,
-    loss: str,
+    loss: Loss,
     rival: Tensor,
 ) -> tuple[Tensor, int]:
     """PGD from one start; and how many samples had no gradient at its first step.
@@ -177,4 +177,4 @@ def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     return functional.cross_entropy(logits, y, reduction="none")
 
 
-LOSSES = {"ce": _cross_entropy, "cw": _margin}
+LOSSES: dict[Loss, Callable[[Tensor, Tensor], Tensor]] = {"ce": _cross_entropy, "cw": _margin}

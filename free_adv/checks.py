@@ -7,10 +7,14 @@ import operator
 import warnings
 from collections.abc import Iterable
 from numbers import Real
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+Norm = Literal["linf", "l2"]
+Start = Literal["carry", "zero", "uniform"]
+Loss = Literal["ce", "cw"]  # of PGD
 
 STRAYS = 0.1  # share of a batch that may lie outside the bounds (RandomErasing's noise, rounding)
 FAR = 4.0  # how many widths of the bounds even a stray value may be away
@@ -58,6 +62,13 @@ def as_device(value: Any) -> torch.device:
         raise type(error)(
             f"device must be what Tensor.to takes, such as 'cuda' or 0, got {value!r}"
         ) from error
+
+
+def choice(name: str, value: Any, kind: Any) -> None:
+    """Refuse what is none of the values of a `Literal`."""
+    if value not in get_args(kind):
+        *others, last = map(repr, get_args(kind))
+        raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {value!r}")
 
 
 def count(name: str, value: Any) -> int:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from free_adv.checks import LATE, positive, vanishing
+from free_adv.checks import LATE, Start, choice, positive, vanishing
 from free_adv.threat import ThreatModel, finite
 
 Key = tuple[tuple[int, ...], torch.dtype, int]  # sample shape, precision, place in the window
@@ -99,9 +99,8 @@ class Delta:
     of the input and have its layout. The sixteen shapes last in use are kept, in that order.
     """
 
-    def __init__(self, threat: ThreatModel, step_size: float | None, start: str) -> None:
-        if start not in ("carry", "zero", "uniform"):
-            raise ValueError(f"start must be 'carry', 'zero' or 'uniform', got {start!r}")
+    def __init__(self, threat: ThreatModel, step_size: float | None, start: Start) -> None:
+        choice("start", start, Start)
         self.threat = threat
         self.step_size = threat.eps if step_size is None else positive("step_size", step_size)
         self.start = start

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from free_adv.attack import FLAT, LOSSES
+from free_adv.attack import FLAT
+from free_adv.checks import Loss, choice, masked, positive
 from free_adv.checks import count as whole
-from free_adv.checks import masked, positive
 from free_adv.model import Model, modules
 from free_adv.rounds import autoattack, descents
 from free_adv.run import Attack, Round, Run
@@ -80,7 +80,7 @@ def evaluate(
     steps: int = 20,
     step_size: float | None = None,
     restarts: int = 1,
-    loss: str = "ce",
+    loss: Loss = "ce",
     attack: Attack | str | Sequence[Attack | str | None] | None = None,
     autocast: torch.dtype | None = None,
     sharded: bool = False,
@@ -140,8 +140,7 @@ def evaluate(
         device = next((p.device for m in modules(model) for p in m.parameters()), None)
     steps, restarts, flat = whole("steps", steps), whole("restarts", restarts), [0, 0]
     size = 2.5 * threat.eps / steps if step_size is None else positive("step_size", step_size)
-    if loss not in LOSSES:
-        raise ValueError(f"loss must be 'ce' or 'cw', got {loss!r}")
+    choice("loss", loss, Loss)
     rounds: list[Round] = []
     names: list[str] = []
     for one in attack if isinstance(attack, list | tuple) else [attack]:

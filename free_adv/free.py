@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from free_adv import state as states
 from free_adv.batch import as_paths
-from free_adv.checks import as_device, count, positive
+from free_adv.checks import Norm, Start, as_device, count, positive
 from free_adv.delta import Delta
 from free_adv.layer import attach
 from free_adv.loop import Loop
@@ -85,11 +85,11 @@ class FreeAdversarial:
         eps: float,
         replays: int = 4,
         step_size: float | None = None,
-        norm: str = "linf",
+        norm: Norm = "linf",
         bounds: Iterable[float] | None = PIXELS,
         mean: float | Iterable[float] | None = None,
         std: float | Iterable[float] | None = None,
-        start: str = "carry",
+        start: Start = "carry",
         scaler: GradScaler | None = None,
         max_grad_norm: float | None = None,
         accumulate: int = 1,
@@ -172,7 +172,7 @@ class FreeAdversarial:
         return group is not None and (not group.slots or group.latest is None or group.latest[1])
 
     @property
-    def delta(self) -> Tensor | list[Tensor] | None:
+    def delta(self) -> Tensor | Any:  # with a union each use would have to tell the types apart
         """A copy of the rows of delta that the latest batch used, in pixel units; None before the first.
 
         A list for several inputs. With `at` the rows of all calls, joined; a list if their shapes differ.
@@ -181,7 +181,7 @@ class FreeAdversarial:
         return self._loop.latest([delta[rows].reshape(x.shape) for x, rows in delta.latest])
 
     @property
-    def clean(self) -> Tensor | list[Tensor] | None:
+    def clean(self) -> Tensor | Any:
         """A copy of the latest batch's input (output of `at`) without delta; a list where `delta` is one."""
         return self._loop.latest([x for x, _ in self._loop.delta.latest])
 

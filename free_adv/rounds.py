@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from free_adv.attack import climb, rounded
+from free_adv.checks import Loss
 from free_adv.model import Model
 from free_adv.run import Attack, Round
 from free_adv.threat import ThreatModel
@@ -19,7 +20,7 @@ def descents(
     steps: int,
     size: float,
     restarts: int,
-    loss: str,
+    loss: Loss,
     label: str,
     flat: list[int],
 ) -> list[Round]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from free_adv.checks import dense, describe, doubt, inside, numbers, positive
+from free_adv.checks import Norm, choice, dense, describe, doubt, inside, numbers, positive
 
 
 @dataclass(frozen=True, init=False)
@@ -40,7 +40,7 @@ class ThreatModel:
     """
 
     eps: float
-    norm: str
+    norm: Norm
     bounds: tuple[float, float] | None
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
@@ -48,13 +48,12 @@ class ThreatModel:
     def __init__(
         self,
         eps: float,
-        norm: str = "linf",
+        norm: Norm = "linf",
         bounds: Iterable[float] | None = (0.0, 1.0),
         mean: float | Iterable[float] | None = None,
         std: float | Iterable[float] | None = None,
     ) -> None:
-        if norm not in ("linf", "l2"):
-            raise ValueError(f"norm must be 'linf' or 'l2', got {norm!r}")
+        choice("norm", norm, Norm)
         eps = positive("eps", eps)
         box = None if bounds is None else numbers("bounds", bounds)
         if box is not None and (len(box) != 2 or not box[0] < box[1]):

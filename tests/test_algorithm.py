@@ -5,30 +5,10 @@ import torch
 from torch.nn import functional
 
 from free_adv import FreeAdversarial
+from tests.helpers import sgd, train, weights
 from tests.reference import batches, free_training, network
 
 EPS = 8 / 255
-
-
-def sgd(model, lr=0.1):
-    return torch.optim.SGD(model.parameters(), lr, momentum=0.9)
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def train(model, free, loader, epochs=1, optimizer=None):
-    for _ in range(epochs):
-        for x, y in free.replay(loader):
-            loss = functional.cross_entropy(model(x), y)
-            if optimizer is None:
-                free.step(loss)
-            else:
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-    return weights(model)
 
 
 @pytest.mark.parametrize("own_backward", [False, True], ids=["step", "own backward"])

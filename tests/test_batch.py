@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from free_adv import FreeAdversarial
+from tests.internals import rows
 from tests.reference import batches, network
 
 EPS = 0.1
@@ -343,12 +344,8 @@ def test_rows_of_delta_never_meet(shapes, accumulate):
     free = FreeAdversarial(eps=EPS, replays=2, key=(0, ...), accumulate=accumulate)
     loader = [([torch.full(s, 0.5) for s in shapes[i:]],) for i in range(len(shapes))]
     for (images,) in free.replay(loader):
-        rows = [
-            (r.key, i)
-            for *_, r in itertools.chain(*free._loop.group.inputs)
-            for i in range(r.start, r.stop)
-        ]
-        assert len(set(rows)) == len(rows)
+        taken = [(r.key, i) for r in rows(free) for i in range(r.start, r.stop)]
+        assert len(set(taken)) == len(taken)
         sum(i.sum() for i in images).backward()
 
 

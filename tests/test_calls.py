@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from free_adv import FreeAdversarial
+from tests.internals import buffers
 
 EPS = 0.25
 EXAMPLES = int(os.environ.get("EXAMPLES", 3000))  # of the long form
@@ -39,16 +40,11 @@ class Model:
         self.grads.clear()
 
     def agrees(self, free):
-        for (
-            shape,
-            *_,
-        ), buffer in free._loop.delta.buffers.items():  # made for a whole group at once
+        for (shape, *_), buffer in buffers(free).items():  # made for a whole group at once
             assert torch.equal(
                 buffer, self.rows(shape, 0, max(len(buffer), len(self.delta.get(shape, ()))))
             )
-        return free._loop.delta.buffers.keys() == {
-            (shape, torch.float32, 0) for shape in self.delta
-        }
+        return buffers(free).keys() == {(shape, torch.float32, 0) for shape in self.delta}
 
 
 def drawn(data, shape):

@@ -23,6 +23,8 @@ import torch
 import turns
 from PIL import Image
 
+from tests.helpers import equal
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -56,16 +58,6 @@ def begin(data, *more):
     args = cifar10.parse(arguments(data, "unused", *more))
     images, labels, classes = cifar10.read(data, True, False)
     return cifar10.Run(args, images, labels, len(classes))
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +170,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_weights(undisturbed, data, tmp
         del state["seconds"], state["cpu_seconds"]
         for row in state["curve"]:  # what was noted before the kill is lost
             assert all(-1 <= v <= 1 for key in ("alignment", "edge") for v in row.pop(key))
-    assert same(*states)
+    assert equal(*states)
     again, first = (json.loads((o / "result.json").read_text()) for o in (tmp_path, undisturbed[0]))
     assert again["results"][0]["robust"] == first["results"][0]["robust"]
 
@@ -200,7 +192,7 @@ def test_a_run_goes_on_bit_equal_from_after_any_update(method, more, data, tmp_p
         assert run.step == step
         for _ in run.updates():
             pass
-        assert same(whole.state(), run.state())
+        assert equal(whole.state(), run.state())
 
 
 def test_every_method_makes_the_same_number_of_updates_and_anneals(data):
@@ -315,7 +307,7 @@ def test_the_recipe_of_the_paper_is_80_000_updates_cut_at_half_and_three_quarter
 def test_training_begins_with_the_weights_of_another_run(undisturbed, data):
     weights = torch.load(undisturbed[0] / "weights.pt", weights_only=True)["weights"]
     run = begin(data, "--init", undisturbed[0] / "weights.pt")
-    assert same(dict(run.model.state_dict()), weights)
+    assert equal(dict(run.model.state_dict()), weights)
 
 
 def test_a_study_makes_its_table_from_runs_that_it_keeps(data, tmp_path, capsys):

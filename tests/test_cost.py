@@ -10,6 +10,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from free_adv import FreeAdversarial
+from tests.internals import buffers, leaf
 from tests.reference import batches, network
 
 
@@ -146,9 +147,8 @@ def test_a_replay_adds_delta_its_gradient_and_one_copy_of_the_input():
     before = alive()
     for (x,) in free.replay([(clean,)]):
         (x * weight).sum().backward()
-        (leaf,) = free._loop.group.slots[0].leaves.values()
-        grad = leaf.grad
-        delta = next(iter(free._loop.delta.buffers.values()))
+        grad = leaf(free).grad
+        delta = next(iter(buffers(free).values()))
         new = alive() - before
         expected = (t.untyped_storage().data_ptr() for t in (delta, grad, x))
         assert new == set(expected)
@@ -170,10 +170,9 @@ def test_what_a_replay_leaves_goes_at_once_without_a_garbage_collection(key):
             moved = moved[0] if key == 0 else moved["inputs"][0]
             loss = (moved * weight).sum()
             loss.backward()
-            (leaf,) = free._loop.group.slots[0].leaves.values()
             inputs.append(weakref.ref(moved))
-            grads.append(weakref.ref(leaf.grad))
-            del moved, leaf  # the loop keeps its loss, as loops do
+            grads.append(weakref.ref(leaf(free).grad))
+            del moved  # the loop keeps its loss, as loops do
     finally:
         gc.enable()
     assert loss.grad_fn is not None

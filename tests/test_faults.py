@@ -20,12 +20,12 @@ import psutil
 import pytest
 import torch
 import torch._dynamo  # for seconds, at the first use of an optimizer: once, in the server of those that are forked
-from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import free_adv
 from free_adv import FreeAdversarial
 from tests import test_imagenet, training_job
+from tests.helpers import equal, in_ball, loss_of
 from tests.reference import batches, network
 from tests.test_imagenet import data  # noqa: F401 a fixture
 
@@ -33,10 +33,6 @@ M, EPS = 3, 0.1
 KILLS = int(os.environ.get("KILLS", 200))  # of the long form
 PACKAGE = os.path.dirname(free_adv.__file__)
 SCRIPT = Path(__file__).with_name("training_job.py")
-
-
-def loss_of(model, x, y):
-    return functional.cross_entropy(model(x), y)
 
 
 class Training:
@@ -47,6 +43,7 @@ class Training:
         if before:
             self.model.register_forward_pre_hook(lambda _, args: before(*args))
         self.optimizer = optimizer(self.model.parameters(), 0.1, momentum=0.9)
+        self.accumulate = arguments.get("accumulate", 1)
         self.free = FreeAdversarial(self.optimizer, **{"eps": EPS, "replays": M, **arguments})
         self.parts = [self.model, self.optimizer, self.free]
         self.parts += [scaler] if (scaler := arguments.get("scaler")) else []
@@ -62,7 +59,7 @@ class Training:
         """The same with a backward pass of the loop's own, for groups that are not short."""
         for x, y in self.free.replay(loader):
             ends = self.free.last
-            (loss_of(self.model, x, y) / self.free._loop.accumulate).backward()
+            (loss_of(self.model, x, y) / self.accumulate).backward()
             if ends:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -76,16 +73,6 @@ class Training:
         """Weights, momentum, delta, and the loss scale if there is one."""
         model, optimizer, free, *scaler = self.state()
         return [list(model.values()), optimizer["state"], free["delta"], scaler]
-
-
-def equal(one, other):
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return one == other
 
 
 # A training job in a process of its own, which is killed.
@@ -654,7 +641,7 @@ def interrupts(way, norm, accumulate, each=1, instructions=False):
         if not interrupt.stack:
             return
         state, rest = run.state(), list(source)
-        assert in_ball(run)
+        assert in_ball(run.free)
         taken = len(loader) - len(rest)
         starts = {"state": taken}
         if interrupt.stack[0] == ("replay.py", "__iter__") or READS & set(interrupt.stack):
@@ -668,13 +655,7 @@ def interrupts(way, norm, accumulate, each=1, instructions=False):
         yield interrupt, next(cures, None)
         run.optimizer.zero_grad()
         getattr(run, way)(loader)  # the object is of use
-        assert in_ball(run)
-
-
-def in_ball(run):
-    # Written so that NaN is outside.
-    deltas = run.free.state_dict()["delta"]
-    return all((run.free.threat.distance(d) <= EPS * (1 + 1e-6)).all() for d in deltas)
+        assert in_ball(run.free)
 
 
 WAYS = pytest.mark.parametrize("way", ["go", "go_alone"], ids=["step", "own backward"])

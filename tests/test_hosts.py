@@ -9,6 +9,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from free_adv import FreeAdversarial
+from tests.internals import ascents
 from tests.reference import batches, network
 
 pytestmark = [
@@ -51,14 +52,6 @@ def algorithm_1(k=1, sizes=SIZES, clip=None, *, ahead=False, shrink=False, autoc
             optimizer.step()
             optimizer.zero_grad()
     return model
-
-
-def counting(free):
-    """Count the gradients that are taken in."""
-    taken = []
-    ascend = free._loop.delta.ascend
-    free._loop.delta.ascend = lambda rows, grad: (taken.append(1), ascend(rows, grad))
-    return taken
 
 
 def agree(model, reference, tolerance=0):
@@ -110,7 +103,7 @@ def lightning(free, k=1, model=None, **arguments):
 )
 def test_lightning_ends_at_the_weights_of_algorithm_1(k, clip, turns):
     free = FreeAdversarial(eps=EPS, replays=M, accumulate=k, window=turns)
-    taken = counting(free)
+    taken = ascents(free)
     model = lightning(free, k, gradient_clip_val=clip)
     agree(model, algorithm_1(k, clip=clip, shrink=True, turns=turns))
     all_taken_in(free, taken)
@@ -128,7 +121,7 @@ def test_a_data_module_of_lightning_is_refused_with_the_loader_to_wrap():
 def test_lightning_trains_in_mixed_precision(precision):
     plugins = pytest.importorskip("lightning.pytorch.plugins")
     free = FreeAdversarial(eps=EPS, replays=M)
-    taken = counting(free)
+    taken = ascents(free)
     if precision == "16-mixed":  # on the CPU it would take bfloat16 unless told otherwise
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
         plugin = plugins.MixedPrecision(precision, device="cpu", scaler=scaler)
@@ -165,7 +158,7 @@ def accelerated(free, k=1, sizes=SIZES, **arguments):
 @pytest.mark.parametrize(("k", "turns"), [(1, 1), (2, 1), (1, 2), (2, 2)])
 def test_accelerate_ends_at_the_weights_of_algorithm_1(k, turns, sizes):
     free = FreeAdversarial(eps=EPS, replays=M, accumulate=k, window=turns)
-    taken = counting(free)
+    taken = ascents(free)
     agree(accelerated(free, k, sizes), algorithm_1(k, sizes, shrink=True, turns=turns))
     all_taken_in(free, taken, sizes)
 
@@ -251,7 +244,7 @@ def transformers_trainer(free, path, k=1, **arguments):
 @pytest.mark.parametrize(("k", "turns"), [(1, 1), (2, 1), (2, 2)])
 def test_the_trainer_of_transformers_ends_at_the_weights_of_algorithm_1(k, turns, tmp_path):
     free = FreeAdversarial(eps=EPS, replays=M, accumulate=k, window=turns, key="pixel_values")
-    taken = counting(free)
+    taken = ascents(free)
     model = transformers_trainer(free, tmp_path, k)
     agree(model, algorithm_1(k, ahead=True, turns=turns))
     all_taken_in(free, taken)
@@ -259,7 +252,7 @@ def test_the_trainer_of_transformers_ends_at_the_weights_of_algorithm_1(k, turns
 
 def test_the_trainer_of_transformers_trains_in_bfloat16(tmp_path):
     free = FreeAdversarial(eps=EPS, replays=M, key="pixel_values")
-    taken = counting(free)
+    taken = ascents(free)
     model = transformers_trainer(free, tmp_path, bf16=True)
     agree(model, algorithm_1(autocast=torch.bfloat16), tolerance=1e-6)
     all_taken_in(free, taken)
@@ -269,7 +262,7 @@ def test_accelerate_trains_in_bfloat16():
     state = pytest.importorskip("accelerate").state.AcceleratorState
     state._reset_state(True)  # it is one for the whole process
     free = FreeAdversarial(eps=EPS, replays=M)
-    taken = counting(free)
+    taken = ascents(free)
     model = accelerated(free, mixed_precision="bf16")
     state._reset_state(True)
     agree(model, algorithm_1(autocast=torch.bfloat16), tolerance=1e-6)
@@ -282,7 +275,7 @@ def test_accelerate_trains_in_bfloat16():
 def test_ignite_ends_at_the_weights_of_algorithm_1():
     engine = pytest.importorskip("ignite.engine")
     free = FreeAdversarial(eps=EPS, replays=M)
-    taken = counting(free)
+    taken = ascents(free)
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
     trainer = engine.create_supervised_trainer(model, optimizer, functional.cross_entropy)
@@ -295,7 +288,7 @@ def test_ignite_ends_at_the_weights_of_algorithm_1():
 def test_fastai_ends_at_the_weights_of_algorithm_1():
     vision = pytest.importorskip("fastai.vision.all")
     free = FreeAdversarial(eps=EPS, replays=M, bounds=(0, 1))
-    taken = counting(free)
+    taken = ascents(free)
     model = network()
     loader = [(vision.TensorImage(x), vision.TensorCategory(y)) for x, y in batches(SIZES)]
 

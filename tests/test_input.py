@@ -8,15 +8,11 @@ import torch
 from torch.nn import functional
 
 from free_adv import FreeAdversarial
-from free_adv.delta import SHAPES
+from tests.helpers import free_for
+from tests.internals import SHAPES
 from tests.reference import batches, network
 
 EPS = 0.1
-
-
-def free_for(model, **arguments):
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    return FreeAdversarial(optimizer, **{"eps": EPS, "replays": 2, **arguments})
 
 
 def train(free, *inputs):
@@ -126,7 +122,7 @@ def test_what_cannot_be_an_input_is_refused_and_nothing_is_lost(name, seen):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_bad_pixels_in_a_shape_that_was_seen_leave_delta_finite_and_in_the_ball(bad, norm):
     model = network()
-    free = free_for(model, norm=norm)
+    free = free_for(model, replays=2, norm=norm)
     loader = batches((4, 4))
     loader[1][0][:, 0, 0] = bad
     for x, y in free.replay(loader):

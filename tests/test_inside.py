@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from free_adv import FreeAdversarial, ThreatModel, evaluate
+from tests.internals import buffers, delta_of
 from tests.reference import batches, free_training, network
 
 
@@ -346,7 +347,8 @@ def test_a_second_pass_over_the_batch_begins_again_and_its_gradient_adds_up():
         other.load_state_dict(model.state_dict())
         for p in other.parameters():
             p.grad = None
-        once._loop.delta.buffers = {k: before.clone() for k in once._loop.delta.buffers}
+        for buffer in buffers(once).values():
+            buffer.copy_(before)
         (-2 * loss_of(other, batch)).backward()
     # The sum of both gradients points where -2 times the loss does.
     expected = (before + 0.3 * (once.delta - before).sign()).clamp(-0.3, 0.3)
@@ -581,7 +583,7 @@ def test_what_is_kept_of_an_object_that_is_gone_is_nothing():
     model, _, free = reader()
     for batch in free.replay(texts((5,))):
         free.step(loss_of(model, batch))
-    delta = weakref.ref(free._loop.delta)
+    delta = weakref.ref(delta_of(free))
     del free
     gc.collect()
     assert delta() is None
@@ -603,7 +605,7 @@ def test_what_is_kept_of_the_latest_output_has_no_graph():
     model, _, free = reader()
     for batch in free.replay(texts((5,))):
         free.step(loss_of(model, batch))
-        assert not free._loop.delta.latest[0][0].requires_grad
+        assert not free.clean.requires_grad
 
 
 def test_a_step_that_fails_and_is_tried_again_moves_the_same_rows():
@@ -627,5 +629,5 @@ def test_a_step_that_fails_and_is_tried_again_moves_the_same_rows():
                     free.step(loss_of(model, batch))
                 optimizer.broken = False
             free.step(loss_of(model, batch))
-        runs.append([*model.parameters(), *free._loop.delta.buffers.values()])
+        runs.append([*model.parameters(), *free.state_dict()["delta"]])
     assert all(map(torch.equal, *runs))

@@ -26,7 +26,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from free_adv import FreeAdversarial, delta
+from free_adv import FreeAdversarial
+from tests.internals import buffers, keeping
 
 EPS, SHAPES = 0.125, 3  # the machine keeps three shapes, so that it comes to forget some
 STEPS = int(os.environ.get("STEPS", 20_000))  # of the long form
@@ -281,11 +282,11 @@ class Machine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.epochs, self.states, self.yielded = [], [], []
-        self.limit = delta.SHAPES
-        delta.SHAPES = SHAPES
+        self.patched = contextlib.ExitStack()
+        self.patched.enter_context(keeping(SHAPES))
 
     def teardown(self):
-        delta.SHAPES = self.limit
+        self.patched.close()
 
     @initialize(
         key=st.sampled_from([0, "x"]),
@@ -558,9 +559,9 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def both_agree(self):
         for free, model, weight, _ in getattr(self, "pairs", []):
-            buffers = free._loop.delta.buffers
-            assert list(buffers) == [(*key, 0) for key in model.delta]
-            for mine, buffer in zip(model.delta.values(), buffers.values(), strict=True):
+            held = buffers(free)
+            assert list(held) == [(*key, 0) for key in model.delta]
+            for mine, buffer in zip(model.delta.values(), held.values(), strict=True):
                 torch.testing.assert_close(buffer, mine, atol=1e-6, rtol=0)
                 far = free.threat.distance(buffer)
                 assert buffer.isfinite().all()

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from free_adv import FreeAdversarial, ThreatModel, pgd
+from tests.helpers import with_batch_norm
 from tests.reference import batches, free_training, network
 
 EPS, M = 0.1, 3
@@ -17,10 +18,6 @@ THREAT = ThreatModel(EPS)
 
 def loader(low=0.0, high=1.0):
     return [(low + (high - low) * x, y) for x, y in batches((6, 6, 4), torch.float64)]
-
-
-def with_batch_norm():
-    return torch.nn.Sequential(torch.nn.BatchNorm2d(2).double(), *network(torch.float64))
 
 
 def train(method, source, model=None):

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import datetime
 import importlib.util
 import itertools
 import linecache
@@ -29,6 +28,7 @@ from torch.utils.data import (
 )
 
 from free_adv import FreeAdversarial, ThreatModel, evaluate
+from tests.helpers import advance, on_two_ranks, with_batch_norm
 from tests.reference import batches, free_training, network
 
 EPOCHS, M, EPS = 3, 3, 0.1
@@ -86,13 +86,7 @@ def train(
         for x, y in source:
             quiet = no_sync and not free.last  # the last group has one micro-batch only
             with model.no_sync() if quiet else contextlib.nullcontext():
-                loss = functional.cross_entropy(model(x), y)
-                if own_backward:
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                else:
-                    free.step(loss)
+                advance(model, free, x, y, optimizer if own_backward else None)
         if look:
             evaluate(model, [dataset()[:]], ThreatModel(EPS), steps=2, progress=False)
     return free.report() if reported else outcome(model, free)
@@ -148,11 +142,6 @@ def train_in_two_parts(rank, folder, stop):
             o.load_state_dict(state)
     go_on(*objects)
     return outcome(objects[0], objects[2])
-
-
-def with_batch_norm():
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.BatchNorm2d(2).double(), *network(torch.float64))
 
 
 def evaluation(model, part=slice(None), **arguments):
@@ -253,15 +242,6 @@ def possible(name):
 
 
 def on_a_rank(rank, folder):
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=60),
-    )
     results = {}
     for name, arguments in LIKE_ONE_PROCESS.items():
         if possible(name):
@@ -286,19 +266,13 @@ def on_a_rank(rank, folder):
         os.environ.update({k: str(v) for k, v in where.items()})  # a launcher would set them
         for name, settings in ACCELERATE.items():
             results["warnings", name] = warnings_of_a_prepared_loader(**settings)
-    torch.save(results, folder / f"{rank}.pt")
-    distributed.destroy_process_group()
-    # Not the interpreter's own end: FSDP keeps the group alive, and gloo's threads, should they then still hold
-    # a tensor, abort the process (pytorch pull request 179291).
-    os._exit(0)
+    return results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What all of it gave on either rank, from one launch."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(on_a_rank, (folder,), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return on_two_ranks(on_a_rank, tmp_path_factory.mktemp("ranks"))
 
 
 # What the two ranks promise.

@@ -1,6 +1,5 @@
 """A run that stops anywhere goes on bit-equal in new objects, with the loaders and file formats of others."""
 
-import datetime
 import functools
 import io
 import itertools
@@ -20,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader, Dataset
 
 from free_adv import FreeAdversarial
+from tests.helpers import on_two_ranks
 from tests.reference import batches, network
 
 pytest.importorskip("torchdata")
@@ -551,16 +551,6 @@ def with_one_key_for_all_ranks(folder):
 
 
 def on_a_rank(rank, folder):
-    warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", message="'set_vital'")
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=60),
-    )
     run = OnARank()
     for _ in run.train():
         pass
@@ -568,17 +558,13 @@ def on_a_rank(rank, folder):
     for name, after in STOPS.items():
         results[name] = stopped_on_a_rank(folder / name, after)
     results["one key"] = with_one_key_for_all_ranks(folder / "one key")
-    torch.save(results, folder / f"{rank}.pt")
-    distributed.destroy_process_group()
-    os._exit(0)  # see tests/test_ranks.py
+    return results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What all of it gave on either rank, from one launch."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(on_a_rank, (folder,), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return on_two_ranks(on_a_rank, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", STOPS)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from free_adv import FreeAdversarial
+from tests.helpers import equal
 from tests.reference import batches, network
 
 
@@ -143,16 +144,6 @@ def used():
     for x, y in itertools.islice(free.replay(batches()), 3):
         free.step(functional.cross_entropy(model(x), y))
     return free, free.state_dict()
-
-
-def equal(one, other):
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return one == other
 
 
 X = torch.full((8, 2, 5, 5), 0.05)

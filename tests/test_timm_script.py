@@ -36,13 +36,8 @@ NAFLEX = """\
 # Nothing here changes what the script does: it counts, and says so when the script ends.
 COUNTS = """\
     import atexit, json
-    from collections import Counter
-    counts, perturbation = Counter(), free._loop.delta
-    for name in ('perturb', 'ascend'):
-        def counted(*args, name=name, method=getattr(perturbation, name)):
-            counts[name] += 1
-            return method(*args)
-        setattr(perturbation, name, counted)
+    from tests.internals import buffers, counted
+    counts = counted(free)
     step_, before_ = optimizer.step, [p.detach().clone() for p in model.parameters()]
     def counted_step(*args, **kwargs):
         counts['step'] += 1
@@ -50,7 +45,7 @@ COUNTS = """\
     optimizer.step = counted_step
     atexit.register(lambda: print('COUNTS', json.dumps({
         **counts, 'length': len(loader_train), 'delta': free.delta.abs().max().item() * 255,
-        'rows': max(map(len, perturbation.buffers.values())),
+        'rows': max(map(len, buffers(free).values())),
         'mixup': getattr(wrapped, 'mixup_enabled', None),
         'finite': all(bool(p.isfinite().all()) for p in model.parameters()),
         'moved': any(not torch.equal(p, q) for p, q in zip(model.parameters(), before_)),
@@ -115,7 +110,7 @@ def train(source, folder, tmp_path, options="", recipe=RECIPE):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     counts = json.loads(re.search("^COUNTS (.*)$", done.stdout, re.M)[1])
-    assert counts["ascend"] == counts["perturb"] == 2 * counts["length"]
+    assert counts["ascend"] == counts["move"] == 2 * counts["length"]
     assert counts["delta"] == pytest.approx(4)
     assert counts["finite"]
     assert counts["moved"]

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn import functional
 
 from free_adv import FreeAdversarial
+from tests.helpers import advance, sgd, train, weights
 from tests.reference import batches, free_training, network
-from tests.test_algorithm import EPS, sgd, train, weights
 
-SIZES = (8, 8, 8, 8, 8, 3)
+EPS, SIZES = 8 / 255, (8, 8, 8, 8, 8, 3)
 
 
 def held(free, rows):
@@ -38,13 +38,7 @@ def test_every_step_is_bit_equal_to_the_paper_s_loop_with_turns(window, dtype, o
     assert len(replay) == m * len(loader)
     for _ in range(epochs):
         for x, y in replay:
-            loss = functional.cross_entropy(model(x), y)
-            if own_backward:
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            else:
-                free.step(loss)
+            advance(model, free, x, y, optimizer if own_backward else None)
             expected = next(oracle)
             assert torch.equal(held(free, len(expected)), expected)
             assert torch.equal(weights(model), weights(twin))

@@ -1,0 +1,68 @@
+"""The one place where the tests look at, or patch, what is private in the package."""
+
+import collections
+import contextlib
+import itertools
+from unittest import mock
+
+from free_adv import delta as module
+
+SHAPES = module.SHAPES  # of how many sample shapes delta is kept
+
+
+def delta_of(free):
+    """What holds all of its delta."""
+    return free._loop.delta
+
+
+def buffers(free):
+    """Its delta by sample shape, precision and place in the window: not copies."""
+    return delta_of(free).buffers
+
+
+def leaf(free):
+    """The rows of delta that wait for the gradient of the oldest batch in flight."""
+    (found,) = free._loop.group.slots[0].leaves.values()
+    return found
+
+
+def rows(free):
+    """Which rows of which buffer each input of the group in flight has."""
+    return [rows for *_, rows in itertools.chain(*free._loop.group.inputs)]
+
+
+def ascents(free):
+    """Each ascent of delta from now on: the rows before it, the gradient, and the rows after it."""
+    delta, made = delta_of(free), []
+    ascend = delta.ascend
+
+    def watched(rows, grad):
+        before, given = delta[rows].clone(), grad.clone()
+        ascend(rows, grad)
+        made.append((before, given, delta[rows].clone()))
+
+    delta.ascend = watched
+    return made
+
+
+def counted(free):
+    """How often delta moves a batch, and ascends, from now on."""
+    delta, counts = delta_of(free), collections.Counter()
+
+    def count(name, method):
+        def counting(*args, **kwargs):
+            counts[name] += 1
+            return method(*args, **kwargs)
+
+        setattr(delta, name, counting)
+
+    for name in ("move", "ascend"):
+        count(name, getattr(delta, name))
+    return counts
+
+
+@contextlib.contextmanager
+def keeping(shapes):
+    """As if delta were kept of so many sample shapes."""
+    with mock.patch.object(module, "SHAPES", shapes):
+        yield
