@@ -1,8 +1,8 @@
 """What the details of free adversarial training are worth, on scikit-learn's handwritten digits.
 
-    python examples/variants.py
+    python examples/experiments/variants.py
 
-Trains the network of quickstart.py with Free as the library does it, and with one detail changed at a time.
+Trains the network of compare.py with Free as the library does it, and with one detail changed at a time.
 """
 
 from dataclasses import asdict
@@ -10,8 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from arguments import parser
-from quickstart import data, network
+from compare import data, network, parser
 from records import environment, write
 from torch.nn import functional
 from tqdm import tqdm
