@@ -54,7 +54,7 @@ def pictures_of_the_tutorial(app: Sphinx, error: Exception | None) -> None:
     """Run the tutorial, and put the pictures of this run in the place of the committed ones."""
     if error or app.builder.format != "html":
         return
-    sys.path.insert(0, str(Path(app.srcdir).parent / "examples"))
+    sys.path.insert(0, str(Path(app.srcdir).parent / "examples" / "experiments"))
     import tutorial
 
     quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())

@@ -1,185 +1,79 @@
-"""Natural, free adversarial and PGD-7 training side by side, on scikit-learn's handwritten digits.
+"""Natural and free adversarial training of one small network, on scikit-learn's handwritten digits.
 
     python examples/quickstart.py
 
-Trains the same small network three times, attacks each, prints a table and draws a picture.
+Prints the accuracy of both networks, clean and under attack, and draws digits with what they say (quickstart.png).
 """
 
-import argparse
-import copy
-import time
-from collections.abc import Iterator
-from dataclasses import asdict
-from pathlib import Path
-
-import plots
+import matplotlib.pyplot as plt
 import torch
-from arguments import parser
-from digits import network, test_set, train_set
-from records import environment, write
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler
-from tqdm import tqdm
+from torch.utils.data import DataLoader, TensorDataset
 
 from free_adv import FreeAdversarial, ThreatModel, evaluate, pgd
 
-METHODS = "natural", "free", "pgd-7"
+torch.set_num_threads(1)  # the network is too small for several: they would wait for one another
+digits = load_digits()
+images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16  # 8x8 pixels in [0, 1]
+parts = train_test_split(images, torch.tensor(digits.target), test_size=0.2, random_state=0)
+x_train, x_test, y_train, y_test = parts
+loader = DataLoader(TensorDataset(x_train, y_train), batch_size=64, shuffle=True)
+test_loader = DataLoader(TensorDataset(x_test, y_test), batch_size=360)
 
 
-def data(batch_size: int, seed: int) -> tuple[DataLoader, DataLoader]:
-    """Loaders of 1,437 training and 360 test images of 8x8 pixels in [0, 1]."""
-    data, test = train_set(), test_set()
-    order = RandomSampler(data, generator=torch.Generator().manual_seed(seed))
-    # The sampler gives whole batches of indices: one look-up each, not one per image.
-    train = DataLoader(data, sampler=BatchSampler(order, batch_size, False), batch_size=None)
-    return train, DataLoader(test, len(test))
+def start():
+    """A new network, its optimizer, and a schedule of as many updates as 24 epochs of `loader` have."""
+    torch.manual_seed(0)
+    layers = []
+    for channels, width, stride in ((1, 32, 1), (32, 64, 2), (64, 64, 1)):
+        conv = nn.Conv2d(channels, width, 3, stride, padding=1)
+        layers += [conv, nn.BatchNorm2d(width), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    updates = 24 * len(loader)
+    return model, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, updates)
 
 
-def train(
-    method: str,
-    model: nn.Module,
-    loader: DataLoader,
-    threat: ThreatModel,
-    passes: int,
-    replays: int,
-    lr: float,
-) -> Iterator[None]:
-    """Train, and pause after each natural pass's worth of updates, so that methods can take turns.
+criterion = nn.CrossEntropyLoss()
+print("training twice, as many updates each ...")
 
-    Natural and PGD-7 training make `passes` epochs; Free makes passes/m epochs of m replays.
-    """
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4)
-    criterion = nn.CrossEntropyLoss()
-    free = FreeAdversarial(optimizer, eps=threat.eps, replays=replays)
-    batches = free.replay(loader) if method == "free" else loader
-    epochs = free.epochs(passes) if method == "free" else passes
-    steps = epochs * len(batches)  # the schedule counts optimizer steps and reaches its end
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    starts = torch.Generator().manual_seed(torch.initial_seed())
-    model.train()
-    done = 0
-    for _ in range(epochs):
-        for x, y in batches:
-            if method == "free":
-                free.step(criterion(model(x), y))
-            else:
-                if method == "pgd-7":
-                    size = threat.eps / 4
-                    x = pgd(model, x, y, threat, steps=7, step_size=size, generator=starts)
-                optimizer.zero_grad()
-                criterion(model(x), y).backward()
-                optimizer.step()
-            schedule.step()
-            done += 1
-            if done % len(loader) == 0:
-                yield
+model, optimizer, schedule = start()
+for _ in range(24):
+    for x, y in loader:
+        loss = criterion(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+natural = model
 
+model, optimizer, schedule = start()
+free = FreeAdversarial(optimizer, eps=0.15, replays=8)
+for _ in range(free.epochs(24)):  # 3
+    for x, y in free.replay(loader):  # each batch 8 times, x perturbed
+        loss = criterion(model(x), y)
+        free.step(loss)
+        schedule.step()
+robust = model
 
-def draw(path: Path, rows: list[dict], threat: ThreatModel, loader: DataLoader) -> None:
-    """Accuracy against training time; digits, each attacked for every model, with its predictions."""
-    figure = plots.plt.figure(figsize=(10, 4.4))
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.5))
-    axes = left.subplots()
-    points = [row | {"label": row["method"], "cost": row["seconds"]} for row in rows]
-    plots.accuracy_against_cost(axes, points, "PGD-40")
-    axes.set(xlim=(0, None), ylim=(0, 104), xlabel="training time (s)")
-    axes.legend(loc="lower right")
-    x, y = (t[:8] for t in next(iter(loader)))
-    models = {row["method"]: row["model"] for row in rows}
-    plots.predictions(right, models, x, y, "0123456789", threat, steps=40, deltas=False)
-    right.suptitle(f"predictions, clean and attacked with eps {threat.eps:g}", fontsize="medium")
-    plots.save(figure, path)
+threat = ThreatModel(eps=0.15)
+print(f"{'':<10}{'clean':>7}{'PGD-20':>9}")
+for name, model in (("natural", natural), ("Free", robust)):
+    found = evaluate(model, test_loader, threat, steps=20, progress=False)
+    print(f"{name:<10}{found.clean:>7.1%}{found.robust:>9.1%}")
 
-
-def main() -> None:
-    options = parser(__doc__, passes=40, replays=8, eps=0.15, lr=0.1)
-    add = options.add_argument
-    add("--autoattack", action="store_true", help="AutoAttack too: minutes on a CPU")
-    add("--json", type=Path, help="write the results there too")
-    add("--plot", type=Path, default=Path("quickstart.png"), help="the picture")
-    args = options.parse_args()
-    if args.dry_run:
-        args.passes = args.replays = 2
-    passes = args.passes
-
-    # Threads would wait for one another: the network is too small for several.
-    torch.set_num_threads(1)
-    threat = ThreatModel(args.eps)
-    torch.manual_seed(args.seed)
-    initial = network()
-
-    def begin(method: str) -> tuple[nn.Module, Iterator[None]]:
-        model = copy.deepcopy(initial)
-        loader, _ = data(args.batch_size, args.seed)
-        settings = threat, passes, args.replays, args.lr
-        return model, train(method, model, loader, *settings)
-
-    for method in METHODS:  # the first pass of a process is slow: let it not count
-        next(begin(method)[1])
-    runs = {method: begin(method) for method in METHODS}
-    seconds = dict.fromkeys(METHODS, 0.0)
-    turns = passes + (-passes) % args.replays
-    with tqdm(total=turns, unit="pass", leave=False) as bar:
-        for _ in range(turns):
-            for method, (_, training) in runs.items():
-                bar.set_description(f"train {method}")
-                start = time.perf_counter()
-                next(training, None)
-                seconds[method] += time.perf_counter() - start
-            bar.update()
-
-    rows: list[dict] = []
-    _, test = data(args.batch_size, args.seed)
-    for method, (model, _) in runs.items():
-        result = evaluate(model, test, threat, steps=40)
-        row = {"method": method, "model": model.eval(), "seconds": seconds[method]}
-        row |= {"relative": seconds[method] / seconds["natural"]}
-        row |= {"clean": result.clean, "robust": result.robust}
-        if args.autoattack:
-            row["autoattack"] = evaluate(model, test, threat, attack="autoattack").robust
-        rows.append(row)
-
-    extra = f"{'AutoAttack':>12}" if args.autoattack else ""
-    print(f"{'method':<10}{'seconds':>9}{'relative':>10}{'clean':>9}{'PGD-40':>9}{extra}")
-    for row in rows:
-        extra = f"{row['autoattack']:>12.1%}" if args.autoattack else ""
-        print(
-            f"{row['method']:<10}{row['seconds']:>9.1f}{row['relative']:>9.2f}x"
-            f"{row['clean']:>9.1%}{row['robust']:>9.1%}{extra}"
-        )
-    print(
-        f"\ndigits, {result.count} test images, linf eps {args.eps:g}, PGD-40 with 1 random start, "
-        f"free: m={args.replays}, {passes} passes, seed {args.seed}, torch {torch.__version__}"
-    )
-    draw(args.plot, rows, threat, test)
-    print(f"picture: {args.plot}")
-    if args.json:
-        write(args.json, record(args, rows, result))
-
-
-def record(args: argparse.Namespace, rows: list[dict], result) -> dict:
-    """The results and how they were made; accuracies are shares of the test images."""
-    settings = {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
-    rows = [{k: v for k, v in row.items() if k != "model"} for row in rows]
-    accuracies = [k for k in ("clean", "robust", "autoattack") if k in rows[0]]
-    names = {"robust": "PGD-40", "autoattack": "AutoAttack"}
-    table = [
-        "| method | time, relative | " + " | ".join(names.get(k, k) for k in accuracies) + " |"
-    ]
-    table.append("| --- " * (2 + len(accuracies)) + "|")
-    for row in rows:
-        name = f"Free, m={args.replays}" if row["method"] == "free" else row["method"]
-        cells = [f"{row['relative']:.2f}", *(f"{row[k]:.1%}" for k in accuracies)]
-        table.append(f"| {name} | {' | '.join(cells)} |")
-    attack = {"name": result.attack, "count": result.count, "threat": asdict(result.threat)}
-    return {
-        "arguments": settings,
-        "environment": environment("cpu"),
-        "attack": attack,
-        "rows": rows,
-        "table": table,
-    }
-
-
-if __name__ == "__main__":
-    main()
+figure, rows = plt.subplots(2, 10, figsize=(9, 2.4), layout="constrained")
+x, y = x_test[:10], y_test[:10]
+for row, name, model in zip(rows, ("natural", "Free"), (natural, robust), strict=True):
+    attacked = pgd(model, x, y, threat, steps=20)
+    guesses = model(attacked).argmax(1)
+    for cell, image, truth, guess in zip(row, attacked, y, guesses, strict=True):
+        cell.imshow(image[0].numpy(), cmap="gray_r", vmin=0, vmax=1)
+        cell.set(xticks=[], yticks=[])
+        cell.set_title(int(guess), color="black" if guess == truth else "red")
+    row[0].set_ylabel(name)
+figure.suptitle("attacked digits, and what each network takes them for")
+figure.savefig("quickstart.png")
+print("picture: quickstart.png")

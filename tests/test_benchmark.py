@@ -9,7 +9,7 @@ from pathlib import Path
 import benchmark
 import pytest
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
 ALL = ["natural", "input-grad", "free", "free-public", "fgsm-rs", "pgd", "pgd-plain"]
 
 
@@ -77,7 +77,7 @@ def test_with_a_loader_a_turn_is_a_pass_over_jpeg_files(run):
 def test_free_needs_delta_and_two_copies_of_a_batch_beyond_natural(tmp_path):
     out = tmp_path / "out.json"
     options = "--models cnn-8:32 --batch-size 512 --rounds 1 --memory --methods free --device cpu"
-    command = [sys.executable, EXAMPLES / "benchmark.py", *options.split(), "--json", out]
+    command = [sys.executable, BENCHMARKS / "benchmark.py", *options.split(), "--json", out]
     # A process of its own: children of this large one would not show their own peak.
     subprocess.run(command, check=True, capture_output=True)
     natural, free = json.loads(out.read_text())["rows"]

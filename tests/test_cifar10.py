@@ -1,4 +1,4 @@
-"""examples/cifar10.py on a folder of small pictures: it trains, is killed, goes on, and reports."""
+"""examples/experiments/cifar10.py on a folder of small pictures: it trains, is killed, goes on, and reports."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ from PIL import Image
 
 from tests.helpers import equal
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXPERIMENTS = Path(__file__).parents[1] / "examples" / "experiments"
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_the_toolboxes_are_compared_on_a_finished_run(undisturbed, data, tmp_pat
 
 
 def test_a_run_that_is_killed_goes_on_to_the_same_weights(undisturbed, data, tmp_path):
-    command = [sys.executable, EXAMPLES / "cifar10.py"]
+    command = [sys.executable, EXPERIMENTS / "cifar10.py"]
     command += arguments(data, tmp_path, "--save-every", 1, "--attacks", "pgd-20")
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / "last.pt").exists():

@@ -1,5 +1,7 @@
 """The examples do what they say, run as a user runs them."""
 
+import ast
+import json
 import os
 import re
 import subprocess
@@ -20,7 +22,7 @@ def run(script, *arguments):
 
 def table(out):
     """Method to (clean, robust), as fractions."""
-    pattern = r"^(natural|free|pgd-7)\s.*?([\d.]+)%\s+([\d.]+)%"
+    pattern = r"^(natural|[Ff]ree|fgsm-rs|pgd-7)\s.*?([\d.]+)%\s+([\d.]+)%"
     rows = re.findall(pattern, out, re.M)
     return {name: (float(clean) / 100, float(robust) / 100) for name, clean, robust in rows}
 
@@ -38,41 +40,73 @@ DRY_RUNS = [
     (r"natural .*\nfree", "with_text.py"),
     (r"updates=2:", "with_ignite.py"),
     (r"updates=2:", "with_fastai.py"),
-    (r"ranks=2 updates=2:", *TORCHRUN, "with_ddp.py"),
-    (r"ranks=2 updates=2:", *TORCHRUN, "with_fsdp.py"),
+    (r"ranks=2 updates=2 fsdp=False:", *TORCHRUN, "with_ddp.py"),
+    (r"ranks=2 updates=2 fsdp=True:", *TORCHRUN, "with_ddp.py", "--fsdp"),
 ]
+
+COMPARE = ["experiments/compare.py", "--dry-run", "--json", "compare.json"]
 
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
     """The scripts of this file by their commands, two at a time: most of their time goes by in imports."""
-    picture = tmp_path_factory.mktemp("out") / "new" / "picture.png"
-    quick = ["quickstart.py", "--passes", "8", "--plot", str(picture)]
-    commands = [quick, ["variants.py", "--dry-run"]]
+    commands = [["quickstart.py"], COMPARE, ["experiments/variants.py", "--dry-run"]]
     commands += [[*command, "--dry-run"] for _, *command in DRY_RUNS]
-    folder = str(tmp_path_factory.mktemp("state"))
+    state, place = str(tmp_path_factory.mktemp("state")), tmp_path_factory.mktemp("elsewhere")
 
     def start(command):
-        settings = {"capture_output": True, "text": True, "cwd": EXAMPLES}
+        settings = {"capture_output": True, "text": True, "cwd": place}
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [folder if word == "FOLDER" else word for word in command]
-        return subprocess.run([sys.executable, *command], env=environment, **settings)
+        words = [state if word == "FOLDER" else script(word) for word in command]
+        return subprocess.run([sys.executable, *words], env=environment, **settings), place
 
     with ThreadPoolExecutor(2) as pool:
-        yield {tuple(command[:-1]): pool.submit(start, command) for command in commands}
+        yield {tuple(command): pool.submit(start, command) for command in commands}
+
+
+def script(word):
+    """The path of a script: a host's by its name, others by their folder and name."""
+    places = [EXAMPLES / word, EXAMPLES / "hosts" / word] if word.endswith(".py") else []
+    return next((str(place) for place in places if place.exists()), word)
 
 
 def test_the_quick_start_trains_prints_its_table_and_draws_its_picture(started):
-    job = started["quickstart.py", "--passes", "8", "--plot"].result()
+    job, place = started["quickstart.py",].result()
     rows = table(job.stdout)
-    assert list(rows) == ["natural", "free", "pgd-7"], job.stderr
-    assert rows["free"][1] > rows["natural"][1] + 0.2
-    assert Path(job.args[-1]).read_bytes().startswith(b"\x89PNG")
-    assert "train free" in job.stderr  # the progress bar
+    assert list(rows) == ["natural", "Free"], job.stderr
+    assert rows["Free"][1] > rows["natural"][1] + 0.4
+    assert (place / "quickstart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_loops_of_the_quick_start_differ_in_three_lines():
+    text = (EXAMPLES / "quickstart.py").read_text()
+    loops = re.findall(r"^for _ in range.*?schedule\.step\(\)\n", text, re.M | re.S)
+    natural, free = (re.sub(r" *# .*", "", loop).splitlines() for loop in loops)
+    assert [line for line in free if line not in natural] == [
+        "for _ in range(free.epochs(24)):",
+        "    for x, y in free.replay(loader):",
+        "        free.step(loss)",
+    ]
+    assert "set_num_threads(1)" in text
+
+
+def test_the_comparison_has_a_row_for_each_method_a_record_and_a_picture(started):
+    job, place = started[tuple(COMPARE)].result()
+    methods = ["natural", "free", "fgsm-rs", "pgd-7"]
+    assert list(table(job.stdout)) == methods, job.stderr
+    assert (place / "compare.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((place / "compare.json").read_text())
+    assert [row["method"] for row in record["rows"]] == methods
+    assert all({"clean", "robust", "relative"} <= row.keys() for row in record["rows"])
+    assert record["table"][0] == "| method | time, relative | clean | PGD-40 |"
+    names = [line.split(" | ")[0] for line in record["table"][2:]]
+    assert names == ["| natural", "| Free, m=2", "| FGSM-RS", "| PGD-7"]
+    assert {"torch", "machine", "commit"} <= record["environment"].keys()
 
 
 def test_the_variants_run(started):
-    assert len(re.findall(r"\d+\.\d ± ", started["variants.py",].result().stdout)) == 5
+    job, _ = started["experiments/variants.py", "--dry-run"].result()
+    assert len(re.findall(r"\d+\.\d ± ", job.stdout)) == 5, job.stderr
 
 
 @pytest.mark.parametrize(
@@ -80,11 +114,11 @@ def test_the_variants_run(started):
     [pytest.param(e, c, id=" ".join(c[-3:])) for e, *c in DRY_RUNS],
 )
 def test_the_script_of_each_host_runs(expected, command, started):
-    if "with_fsdp.py" in command and not hasattr(torch.distributed.fsdp, "fully_shard"):
+    if "--fsdp" in command and not hasattr(torch.distributed.fsdp, "fully_shard"):
         pytest.skip("this torch has no fully_shard")
     if "with_fastai.py" in command:
         pytest.importorskip("fastai.vision.all")
-    result = started[tuple(command)].result()
+    result, _ = started[(*command, "--dry-run")].result()
     assert result.returncode == 0, result.stderr
     assert re.search(expected, result.stdout)
     assert re.search(RESULT, result.stdout)
@@ -92,14 +126,14 @@ def test_the_script_of_each_host_runs(expected, command, started):
 
 
 def test_accelerate_saves_and_resumes(started):
-    job = started["with_accelerate.py", "--cpu", "--out", "FOLDER"].result()
+    job, _ = started["with_accelerate.py", "--cpu", "--out", "FOLDER", "--dry-run"].result()
     folder = Path(job.args[-2])
     assert (folder / "custom_checkpoint_0.pkl").exists()
-    again = run("with_accelerate.py", "--cpu", "--out", folder, "--dry-run").stdout
+    again = run("hosts/with_accelerate.py", "--cpu", "--out", folder, "--dry-run").stdout
     assert again == job.stdout
 
 
-@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("with_*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("hosts/with_*.py")), ids=lambda p: p.name)
 def test_a_host_script_has_at_most_three_lines_of_ours_beyond_the_import(script):
     ours = [line for line in script.read_text().splitlines() if "# free-adv" in line]
     assert sum("import" in line for line in ours) == 1
@@ -109,7 +143,48 @@ def test_a_host_script_has_at_most_three_lines_of_ours_beyond_the_import(script)
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_free_training_makes_the_digits_network_robust(seed, tmp_path):
-    out = run("quickstart.py", "--seed", seed, "--plot", tmp_path / "picture.png").stdout
+    out = run("experiments/compare.py", "--seed", seed, "--plot", tmp_path / "p.png").stdout
     clean, robust = table(out)["free"]
     assert clean >= 0.975
     assert robust >= 0.78
+
+
+HOSTS = {
+    "accelerate",
+    "fastai",
+    "ignite",
+    "lightning",
+    "transformers",
+}  # and whom attacks.py compares
+OTHERS = {"art", "foolbox", "pyautoattack", "torchattacks"}
+MODULES = {"PIL": "pillow", "sklearn": "scikit-learn"}  # whose names on the index are others
+
+
+def test_the_extra_brings_what_the_examples_import():
+    scripts = list(EXAMPLES.rglob("*.py"))
+    ours = {script.stem for script in scripts} | {"free_adv", "torch"}
+    found = set()
+    for script in scripts:
+        for node in ast.walk(ast.parse(script.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(node.module.split(".")[0])
+    wanted = found - ours - sys.stdlib_module_names - HOSTS - OTHERS
+    extra = re.search(
+        r"^examples = \[(.*?)^\]", (EXAMPLES.parent / "pyproject.toml").read_text(), re.M | re.S
+    )
+    brought = set(re.findall(r'"([\w-]+)', extra[1]))
+    assert {MODULES.get(name, name) for name in wanted} == brought
+
+
+def test_every_script_is_in_the_table_of_the_readme_under_its_folder():
+    text = (EXAMPLES / "README.md").read_text()
+    for script in EXAMPLES.rglob("*.py"):
+        if "__main__" in script.read_text():
+            assert f"`{script.relative_to(EXAMPLES)}`" in text, script
+
+
+def test_helpers_of_two_folders_do_not_share_a_name():
+    names = [script.stem for script in EXAMPLES.rglob("*.py")]
+    assert len(names) == len(set(names))

@@ -23,7 +23,7 @@ import torch.distributed.fsdp
 from PIL import Image
 from torch.utils.data import DataLoader
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "imagenet.py"
+SCRIPT = Path(__file__).parents[1] / "examples" / "experiments" / "imagenet.py"
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
 # 24 updates, and a checkpoint after the second replay of the third batch.
 COMMON = (
@@ -80,7 +80,7 @@ class Run:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env=environment | {"PYTHONPATH": str(SCRIPT.parents[1])},
+                env=environment | {"PYTHONPATH": str(SCRIPT.parents[2])},
             ) as process,
         ):
             for line in process.stdout:

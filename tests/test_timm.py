@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from free_adv import FreeAdversarial
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "timm_models.py"
+SCRIPT = Path(__file__).parents[1] / "examples" / "hosts" / "timm_models.py"
 
 SMALL = [
     "test_resnet",

@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
+sys.path.append(str(Path(__file__).parents[1] / "examples" / "experiments"))
 import records
 
 from free_adv import FreeAdversarial

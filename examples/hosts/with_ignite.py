@@ -1,6 +1,6 @@
 """Free adversarial training with Ignite's supervised trainer, on handwritten digits.
 
-python examples/with_ignite.py
+python examples/hosts/with_ignite.py
 """
 
 import torch

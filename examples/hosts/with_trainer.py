@@ -1,7 +1,7 @@
 """Free adversarial training with the Trainer of transformers: a small vision transformer, on handwritten digits.
 
-python examples/with_trainer.py
-python examples/with_trainer.py --accumulate 2
+python examples/hosts/with_trainer.py
+python examples/hosts/with_trainer.py --accumulate 2
 """
 
 import os

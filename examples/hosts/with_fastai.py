@@ -1,6 +1,6 @@
 """Free adversarial training with a Learner of fastai and its one-cycle policy, on handwritten digits.
 
-pip install fastai && python examples/with_fastai.py
+pip install fastai && python examples/hosts/with_fastai.py
 """
 
 import torch

@@ -1,7 +1,7 @@
 """The cost of a training step by every method, side by side in one process.
 
-    python examples/benchmark.py --models resnet18.a1_in1k:96 vit_tiny_patch16_224:224 --amp none bf16
-    python examples/benchmark.py --loader --models cnn-8:32 --workers 1
+    python examples/benchmarks/benchmark.py --models resnet18.a1_in1k:96 vit_tiny_patch16_224:224 --amp none bf16
+    python examples/benchmarks/benchmark.py --loader --models cnn-8:32 --workers 1
 
 In each round every method takes its turn, in an order that rotates; ratios are of turns of the same round. A turn
 of Free is a whole minibatch, so what happens once per minibatch counts too. With --loader each turn is a pass over
@@ -24,9 +24,6 @@ from itertools import islice
 from pathlib import Path
 
 import jpegs
-import nets
-import plots
-import records
 import torch
 from benchmark_report import (
     COUNTED,
@@ -38,13 +35,18 @@ from benchmark_report import (
     verdicts,
     work,
 )
-from methods import batches, updates_per_batch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from free_adv import FreeAdversarial, ThreatModel
+
+sys.path.append(str(Path(__file__).parents[1] / "experiments"))  # nets, methods, plots, records
+import nets
+import plots
+import records
+from methods import batches, updates_per_batch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -1,6 +1,6 @@
 """Does `free.report()` foresee a collapse? Digits, many settings and seeds, attacked all along the training.
 
-    python examples/collapse.py --seeds 3 --json collapse.json --plot collapse.png
+    python examples/experiments/collapse.py --seeds 3 --json collapse.json --plot collapse.png
 
 A run has collapsed if its accuracy under PGD-20 ends below half of the best that it had. Candidate rules say
 "the alignment of the last replay has fallen below a share of the highest that it had"; the table has for each how
@@ -8,13 +8,13 @@ many collapses it told of before or at the look that shows them, how early, and 
 """
 
 import argparse
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import plots
 import torch
-from digits import test_set, train_set
 from records import environment, write
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -22,6 +22,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from free_adv import FreeAdversarial, evaluate
+
+sys.path.append(str(Path(__file__).parents[1] / "hosts"))
+from digits import test_set, train_set
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "eps 0.15, m=4": {"eps": 0.15, "replays": 4},

@@ -1,7 +1,7 @@
 """Robust accuracy by several toolboxes, on the same network and images: what they agree on, and how long they take.
 
     pip install torchattacks adversarial-robustness-toolbox
-    python examples/attacks.py --run runs/free --data DIR --json attacks.json
+    python examples/benchmarks/attacks.py --run runs/free --data DIR --json attacks.json
 
 `--run` is the folder of a finished run of cifar10.py. A toolbox that is not installed is left out. In each round
 every toolbox takes its turn, and times are ratios to ours of the same round.
@@ -11,19 +11,22 @@ import argparse
 import importlib.metadata
 import json
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cifar10
-import pictures
 import torch
-from records import environment, write
 from torch import Tensor, nn
 
 from free_adv import ThreatModel, evaluate
+
+sys.path.append(str(Path(__file__).parents[1] / "experiments"))  # cifar10, pictures, records
+import cifar10
+import pictures
+from records import environment, write
 
 EPS = 8 / 255
 PGD = {"PGD-20": (20, 1), "PGD-50-10": (50, 10)}  # steps, restarts

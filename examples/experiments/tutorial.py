@@ -1,6 +1,6 @@
 """Run the code of docs/tutorial.md, and draw its pictures from what it has trained.
 
-    python examples/tutorial.py --plot docs/tutorial
+    python examples/experiments/tutorial.py --plot docs/tutorial
 
 The build of the documentation does the same.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import plots
 
-PAGE = Path(__file__).parents[1] / "docs" / "tutorial.md"
+PAGE = Path(__file__).parents[2] / "docs" / "tutorial.md"
 
 
 def run(page: Path = PAGE) -> dict[str, Any]:

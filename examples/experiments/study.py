@@ -1,6 +1,6 @@
 """Tables of cifar10.py: each row a way to train, over several seeds, at the same number of updates.
 
-    python examples/study.py methods --data DIR --seeds 3 --json methods.json --plot methods.png
+    python examples/experiments/study.py methods --data DIR --seeds 3 --json methods.json --plot methods.png
 
 Runs are kept under `--out`, so an interrupted study goes on where it was. What follows `--` is passed on to
 every run, such as `-- --images 2000 --passes 4`.

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits and a small network for them, shared by the examples."""
+"""scikit-learn's handwritten digits and a small network for them, shared by the hosts' scripts, compare.py and variants.py."""
 
 import torch
 from sklearn.datasets import load_digits

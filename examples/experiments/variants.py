@@ -1,8 +1,8 @@
 """What the details of free adversarial training are worth, on scikit-learn's handwritten digits.
 
-    python examples/variants.py
+    python examples/experiments/variants.py
 
-Trains the network of quickstart.py with Free as the library does it, and with one detail changed at a time.
+Trains the network of compare.py with Free as the library does it, and with one detail changed at a time.
 """
 
 from dataclasses import asdict
@@ -10,8 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from arguments import parser
-from quickstart import data, network
+from compare import data, network, parser
 from records import environment, write
 from torch.nn import functional
 from tqdm import tqdm
@@ -23,17 +22,18 @@ VARIANTS = {
     "clamp inside the graph": {"clamp": True},
     "delta zero at each minibatch": {"start": "zero"},
     "delta uniform at each minibatch": {"start": "uniform"},
+    "replays of 8 minibatches take turns": {"window": 8},
     "schedule stepped per loader epoch": {"anneal": False},
 }
 
 
-def train(args, seed: int, clamp=False, start="carry", anneal=True):
+def train(args, seed: int, clamp=False, start="carry", anneal=True, window=1):
     eps, m, passes = args.eps, args.replays, args.passes
     torch.manual_seed(seed)
     loader, _ = data(args.batch_size, seed)
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
-    free = FreeAdversarial(optimizer, eps=eps, replays=m, start=start)
+    free = FreeAdversarial(optimizer, eps=eps, replays=m, start=start, window=window)
     epochs = free.epochs(passes)
     total = epochs * len(free.replay(loader))
     # Without annealing the schedule is as long as the natural training, but moves once an epoch.

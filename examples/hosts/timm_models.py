@@ -1,8 +1,8 @@
 """One free minibatch through any timm model, or through the smallest model of every timm module.
 
-    python examples/timm_models.py resnet18 vit_tiny_patch16_224
-    python examples/timm_models.py --sweep
-    python examples/timm_models.py --modes --backend aot_eager
+    python examples/hosts/timm_models.py resnet18 vit_tiny_patch16_224
+    python examples/hosts/timm_models.py --sweep
+    python examples/hosts/timm_models.py --modes --backend aot_eager
 
 Prints a row per model: the largest |delta| over eps, the share of the pixels that had a gradient, and
 what is wrong if something is. The weights and the images are random; nothing is downloaded.
@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--replays", type=int, default=2, help="the paper's m")
     parser.add_argument(
-        "--eps", type=fraction, default=4 / 255, help="linf radius, pixels in [0, 1]"
+        "--eps", type=fraction, default="4/255", help="linf radius, pixels in [0, 1]"
     )
     parser.add_argument(
         "--size",

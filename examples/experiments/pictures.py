@@ -1,6 +1,6 @@
 """Pictures of finished runs of cifar10.py: how they learnt, how they are attacked, and what they look at.
 
-    python examples/pictures.py runs/natural runs/free runs/pgd --data DIR --plot pictures
+    python examples/experiments/pictures.py runs/natural runs/free runs/pgd --data DIR --plot pictures
 
 The first run is what time is relative to. Writes `curves.png`, `perturbations.png` and `gradients.png`.
 """

@@ -1,6 +1,6 @@
 """What a row of replays does to gradients: consecutive ones of a minibatch and of the weights, for several windows.
 
-    python examples/turns.py --data CIFAR10 --windows 1 8 --json turns.json
+    python examples/experiments/turns.py --data CIFAR10 --windows 1 8 --json turns.json
 
 Free training as by cifar10.py, whose arguments follow `--`. Over the updates after the first tenth: the cosine of
 the input gradients of one minibatch at replay i and i+1, that of the weights' gradients at consecutive updates,

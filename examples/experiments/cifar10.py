@@ -1,6 +1,6 @@
 """CIFAR-10, CIFAR-100 or any folder of small images: natural, Free, PGD-7 and FGSM-RS training by one script.
 
-    python examples/cifar10.py --data DIR --download --method free --out runs/free
+    python examples/experiments/cifar10.py --data DIR --download --method free --out runs/free
 
 `--data` is a torchvision root of CIFAR, or a folder with `train/` and `test/` (or `val/`), each with one folder
 of images a class. The cost is stated in natural passes over the data: every method makes as many updates. Run the

@@ -1,6 +1,6 @@
 """Free adversarial training of a text classifier: a small BERT whose word embeddings are perturbed.
 
-    python examples/with_text.py
+    python examples/hosts/with_text.py
 
 From which package of Python's standard library do 32 words come? Text has no continuous input, so delta
 is added to the output of the embedding layer, `at=`, with an l2 radius in the units of the embeddings.

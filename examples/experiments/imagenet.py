@@ -1,8 +1,8 @@
 r"""ImageNet, or any folder of images, with any timm model: the paper's large experiment, as a job that survives preemption.
 
-    python examples/imagenet.py --data imagenet --out runs/free
-    torchrun --nproc-per-node 8 examples/imagenet.py --data imagenet --out runs/free --amp bf16 --channels-last
-    torchrun --nproc-per-node 8 examples/imagenet.py --data 'shards/train-{0000..1023}.tar' --images 1281167 \
+    python examples/experiments/imagenet.py --data imagenet --out runs/free
+    torchrun --nproc-per-node 8 examples/experiments/imagenet.py --data imagenet --out runs/free --amp bf16 --channels-last
+    torchrun --nproc-per-node 8 examples/experiments/imagenet.py --data 'shards/train-{0000..1023}.tar' --images 1281167 \
         --val imagenet/val --out runs/free
 
 `imagenet` holds train/ and val/ with a folder for each class. The cost is set by `--passes`, natural passes over
@@ -295,7 +295,7 @@ def parse() -> argparse.Namespace:
     add("--method", default="free", choices=["natural", "free", "pgd", "fgsm-rs"])
     add("--replays", type=int, default=4, help="the paper's m")
     add("--window", type=int, default=1, help="minibatches that take turns")
-    add("--eps", type=fraction, default=4 / 255, help="linf radius, pixels in [0, 1]")
+    add("--eps", type=fraction, default="4/255", help="linf radius, pixels in [0, 1]")
     add("--passes", type=int, default=90, help="natural passes over the data: the cost")
     add("--batch-size", type=int, default=256, help="of each rank")
     add("--lr", type=float, default=0.1, help="peak for 256 images an update, scaled linearly")

@@ -1,7 +1,7 @@
 """Free adversarial training with Accelerate, accumulation and checkpoints, on handwritten digits.
 
-python examples/with_accelerate.py
-accelerate launch --cpu --num_processes 2 examples/with_accelerate.py --accumulate 2
+python examples/hosts/with_accelerate.py
+accelerate launch --cpu --num_processes 2 examples/hosts/with_accelerate.py --accumulate 2
 """
 
 from pathlib import Path

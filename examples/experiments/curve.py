@@ -1,6 +1,6 @@
 """Accuracy against eps of finished runs of cifar10.py: robust accuracy must fall to zero, or the figure is false.
 
-    python examples/curve.py runs/natural runs/free --data DIR --plot curve.png --json curve.json
+    python examples/experiments/curve.py runs/natural runs/free --data DIR --plot curve.png --json curve.json
 
 A network that hides its gradients keeps its accuracy at an eps at which every image can be turned into any other;
 one that is robust loses it. PGD on the margin of the logits.
@@ -15,7 +15,7 @@ import cifar10
 import pictures
 import plots
 import torch
-from arguments import fraction
+from options import fraction
 from records import environment, plain, write
 
 from free_adv import ThreatModel, evaluate

@@ -1,7 +1,7 @@
 """Free adversarial training with Lightning's automatic optimisation, on handwritten digits.
 
-    python examples/with_lightning.py
-    python examples/with_lightning.py --devices 2 --amp bf16 --accumulate 2
+    python examples/hosts/with_lightning.py
+    python examples/hosts/with_lightning.py --devices 2 --amp bf16 --accumulate 2
 
 The module knows nothing of it: only the loader is wrapped.
 """

@@ -1,6 +1,6 @@
 """Free adversarial training in mixed precision, with gradient clipping: plain PyTorch, on handwritten digits.
 
-python examples/with_amp.py --amp fp16
+python examples/hosts/with_amp.py --amp fp16
 """
 
 import torch

@@ -1,8 +1,10 @@
-"""Free adversarial training on several ranks with DistributedDataParallel, on handwritten digits.
+"""Free adversarial training on several ranks, on handwritten digits: DistributedDataParallel, or FSDP2.
 
-    torchrun --nproc-per-node 2 examples/with_ddp.py
+    torchrun --nproc-per-node 2 examples/hosts/with_ddp.py
+    torchrun --nproc-per-node 2 examples/hosts/with_ddp.py --fsdp
 
-Each rank perturbs its own share of the batch; nothing but the gradients of the weights is exchanged.
+With --fsdp, from torch 2.6 on, the weights are in pieces; without it every rank has all of them. Either way each rank
+perturbs its own share of the batch, and delta is never exchanged.
 """
 
 import os
@@ -11,14 +13,26 @@ import torch
 from arguments import parser
 from digits import network, test_set, train_set
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from free_adv import FreeAdversarial, evaluate  # free-adv
 
 
+def shard(model: nn.Sequential, device: torch.device, ranks: int) -> None:
+    """Each block of convolution and batch norm on its own, then what is left."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (ranks,))
+    for block in model[:3]:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
 def main() -> None:
     options = parser(__doc__, passes=40, replays=8, eps=0.15, lr=0.1)
+    options.add_argument("--fsdp", action="store_true", help="shard the weights over the ranks")
     args = options.parse_args()
 
     device = torch.device("cpu")
@@ -36,7 +50,10 @@ def main() -> None:
     loader = DataLoader(train, args.batch_size // ranks, sampler=sampler)
 
     torch.manual_seed(args.seed)
-    model = DistributedDataParallel(network().to(device))
+    net = network().to(device)
+    if args.fsdp:
+        shard(net, device, ranks)
+    model = net if args.fsdp else DistributedDataParallel(net)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     free = FreeAdversarial(optimizer, eps=args.eps, replays=args.replays, device=device)  # free-adv
@@ -50,11 +67,11 @@ def main() -> None:
             free.step(criterion(model(x), y))  # free-adv
             schedule.step()
 
-    # The model itself, by every rank: gloo may abort a process that ends right behind a collective.
-    loader = DataLoader(test, len(test))
-    result = evaluate(model.module, loader, free.threat, steps=40, progress=rank == 0)
+    # Every rank attacks the same images: weights in pieces need all ranks in each forward pass. Not through DDP,
+    # as gloo may abort a process that ends right behind a collective.
+    result = evaluate(net, DataLoader(test, len(test)), free.threat, steps=40, progress=rank == 0)
     if rank == 0:
-        print(f"ranks={ranks} updates={updates}: {result}")
+        print(f"ranks={ranks} updates={updates} fsdp={args.fsdp}: {result}")
     distributed.destroy_process_group()
 
 
