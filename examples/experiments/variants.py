@@ -70,6 +70,7 @@ def main() -> None:
     if args.dry_run:
         args.passes = args.replays = 2
         args.seeds = 1
+    torch.set_num_threads(1)  # the network is too small for several
     threat = ThreatModel(args.eps)
     _, test = data(64, 0)
     table, rows, lines = (
