@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -175,6 +176,58 @@ def test_a_run_that_is_killed_goes_on_to_the_same_weights(undisturbed, data, tmp
     assert again["results"][0]["robust"] == first["results"][0]["robust"]
 
 
+def interrupting(monkeypatch, *updates, times=1):
+    """Ctrl-C in the middle of these updates, counted from 1 over all runs."""
+    calls, forward = iter(range(1, 1000)), torch.nn.CrossEntropyLoss.forward
+
+    def interrupted(*args):
+        for _ in range(times if next(calls) in updates else 0):
+            signal.raise_signal(signal.SIGINT)
+        return forward(*args)
+
+    monkeypatch.setattr(torch.nn.CrossEntropyLoss, "forward", interrupted)
+
+
+def test_ctrl_c_loses_no_update_and_says_where_the_same_command_goes_on(
+    undisturbed, data, tmp_path, monkeypatch, capsys
+):
+    command = arguments(data, tmp_path, "--save-every", 7, "--attacks", "pgd-20")
+    interrupting(monkeypatch, 13, 14)  # and once more in the second part
+    for update in (13, 14):
+        with pytest.raises(SystemExit) as stop:
+            cifar10.main(command)
+        assert stop.value.code == 128 + signal.SIGINT
+        told = f"stopped after update {update} of 30: the same command goes on from there, {tmp_path}/last.pt"
+        assert told in capsys.readouterr().err
+        assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == update
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    record = cifar10.main(command)
+    assert f"goes on from update 14 of 30, {tmp_path}/last.pt" in capsys.readouterr().out
+    first = torch.load(undisturbed[0] / "weights.pt", weights_only=True)
+    assert equal(torch.load(tmp_path / "weights.pt", weights_only=True), first)
+    assert [row["loss"] for row in record["curve"]] == [r["loss"] for r in undisturbed[1]["curve"]]
+
+
+def test_a_second_ctrl_c_stops_at_once_and_says_what_is_kept(data, tmp_path, monkeypatch, capsys):
+    command = arguments(data, tmp_path, "--save-every", 7, "--attacks")
+    interrupting(monkeypatch, 9, times=2)
+    with pytest.raises(SystemExit) as stop:
+        cifar10.main(command)
+    assert stop.value.code == 128 + signal.SIGINT
+    told = f"stopped at once: the same command goes on from update 7, {tmp_path}/last.pt"
+    assert told in capsys.readouterr().err
+
+
+def test_ctrl_c_before_anything_is_saved_says_so(data, tmp_path, monkeypatch, capsys):
+    def read(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cifar10, "read", read)
+    with pytest.raises(SystemExit):
+        cifar10.main(arguments(data, tmp_path))
+    assert "nothing was saved yet, and the same command starts anew" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["natural", "free", "pgd", "fgsm-rs", "n-fgsm"])
 @pytest.mark.parametrize("more", ["", "--start uniform --amp bf16 --schedule multistep"])
 def test_a_run_goes_on_bit_equal_from_after_any_update(method, more, data, tmp_path):
@@ -265,7 +318,8 @@ def test_classes_that_differ_between_training_and_test_are_refused(data, tmp_pat
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
     shutil.rmtree(copy / "test" / "b")
-    with pytest.raises(SystemExit, match="classes to train on and to test on differ"):
+    differ = "classes to train on and to test on differ; in one of them only: b"
+    with pytest.raises(SystemExit, match=differ):
         cifar10.main(arguments(copy, tmp_path))
 
 
@@ -274,7 +328,18 @@ def test_classes_that_differ_between_training_and_test_are_refused(data, tmp_pat
     [
         (("--looks", 0), "argument --looks: must be at least 1, got 0"),
         (("--passes", 0.01), "--passes 0.01 are not one update of 16 images"),
-        (("--batch-size", 81), "--batch-size 81 exceeds the 80 training images"),
+        (("--batch-size", 81), "--batch-size 81 exceeds the 80 training images: take a smaller"),
+        (("--held-out", 90), "--held-out 90 leaves nothing to train on of 90 images: take fewer"),
+        (
+            ("--eps", 8),
+            "--eps: above 0 and at most 1, for pixels in [0, 1], got 8; did you mean 8/255",
+        ),
+        (("--eps", "8:255"), "--eps: a number such as 0.03 or 8/255, got 8:255"),
+        (("--images", "x"), "--images: must be a whole number, got x"),
+        (("--model", "resnet1"), "--model resnet1: Unknown model (resnet1)"),
+        (("--model", "wrn-9-1"), "--model wrn-9-1: the depth of a WRN is 6 n + 4, got 9"),
+        (("--init", "no.pt"), "--init no.pt: there is no such file; it is the weights.pt of a run"),
+        (("--device", "nowhere"), "--device nowhere: "),
         (("--attacks", "autoattack"), "autoattack needs at least 4 classes, here are 3"),
         (("--lr", 1e30, "--attacks"), "the loss is nan; try a lower --lr"),
     ],
@@ -285,9 +350,75 @@ def test_what_cannot_work_is_said_before_it_is_tried(settings, message, data, tm
     assert message in f"{error.value} {capsys.readouterr().err}"
 
 
-def test_a_folder_without_images_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match="neither a root of CIFAR nor train/"):
-        cifar10.main(arguments(tmp_path, tmp_path))
+def test_autoattack_without_its_package_is_refused_before_the_training(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = r"--attacks autoattack needs pyautoattack: pip install -e '.\[eval\]'"
+    with pytest.raises(SystemExit, match=message):
+        cifar10.main(arguments(data, tmp_path, "--attacks", "autoattack"))
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_weights_of_another_network_are_refused(undisturbed, data, tmp_path):
+    weights = undisturbed[0] / "weights.pt"
+    with pytest.raises(
+        SystemExit, match=r"--init .*weights\.pt does not fit --model cnn-4: .*size"
+    ):
+        cifar10.main(arguments(data, tmp_path, "--init", weights, "--model", "cnn-4"))
+
+
+def test_folders_that_cannot_be_used_are_refused_with_their_cure(data, tmp_path):
+    def refusal(folder):
+        with pytest.raises(SystemExit) as error:
+            cifar10.main(arguments(folder, tmp_path / "out"))
+        assert str(error.value).startswith(f"--data {folder}: ")
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "there is no such folder; --download fetches" in refusal(tmp_path / "no")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "neither a root of CIFAR nor train/ and test/" in refusal(empty)
+    (empty / "train").mkdir()
+    assert f"{empty}/train has no folders; it needs one for each class" in refusal(empty)
+    copy = shutil.copytree(data, tmp_path / "copy")
+    odd = copy / "train" / "g" / "7.png"
+    Image.new("RGB", (20, 18)).save(odd)
+    sizes = f"different sizes, 16x16 in {copy}/train/b/0.png and 20x18 in {odd}: resize them"
+    assert sizes in refusal(copy)
+    odd.write_text("no picture")
+    assert f"{odd} cannot be read as an image; remove it" in refusal(copy)
+    (copy / "train" / "x").mkdir()
+    assert f"no images in {copy}/train for x; put some there, or remove" in refusal(copy)
+
+
+def test_the_help_shows_defaults_as_one_would_type_them(capsys):
+    def shown(*more):
+        with pytest.raises(SystemExit):
+            cifar10.main([*more, "--help"])
+        return re.sub(r"\s+", " ", capsys.readouterr().out)
+
+    out = shown()
+    assert "linf radius, pixels in [0, 1] (default: 8/255)" in out
+    assert "the paper's m (default: 8)" in out
+    assert "on the test images (default: pgd-20 pgd-50 autoattack)" in out
+    assert "decay of the averaged weights, such as 0.9995 (default: 0.0)" in out
+    assert "None" not in out
+    assert "False" not in out
+    assert "natural passes over the data: the cost (default: 204.8)" in shown("--recipe", "paper")
+    assert cifar10.parse(["--data", "x"]).eps == 8 / 255
+
+
+def test_a_dry_run_makes_a_few_updates_and_leaves_nothing_behind(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    record = cifar10.main(arguments(data, out, "--attacks", "pgd-20", "pgd-50", "--dry-run"))
+    assert record["updates"] == 4
+    assert [(r["name"], r["steps"], r["count"]) for r in record["results"]] == [
+        ("pgd-20", 2, 8),
+        ("pgd-50", 2, 8),
+    ]
+    assert not out.exists()
+    assert "dry run: " in capsys.readouterr().out
+    assert "dry_run" in cifar10.NOT_OF_TRAINING  # a run of before there was one goes on
 
 
 def test_the_recipe_of_the_paper_is_80_000_updates_cut_at_half_and_three_quarters(data):

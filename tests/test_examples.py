@@ -178,6 +178,26 @@ def test_the_extra_brings_what_the_examples_import():
     assert {MODULES.get(name, name) for name in wanted} == brought
 
 
+def test_scripts_import_helpers_from_beside_them_or_from_the_folder_that_a_line_names():
+    scripts = list(EXAMPLES.rglob("*.py"))
+    folder_of = {script.stem: script.parent for script in scripts}
+    for script in scripts:
+        text = script.read_text()
+        added = re.findall(
+            r'^sys\.path\.append\(str\(Path\(__file__\)\.parents\[1\] / "(\w+)"\)\)', text, re.M
+        )
+        assert len(added) == text.count("sys.path") <= 1, script
+        folders = {script.parent, *(EXAMPLES / name for name in added)}
+        for name in re.findall(r"^(?:import|from) (\w+)", text, re.M):
+            assert folder_of.get(name, script.parent) in folders, (script, name)
+        copied = script.parent.name == "hosts" or script.stem in (
+            "quickstart",
+            "cifar10",
+            "imagenet",
+        )
+        assert not (copied and added), script
+
+
 def test_every_script_is_in_the_table_of_the_readme_under_its_folder():
     text = (EXAMPLES / "README.md").read_text()
     for script in EXAMPLES.rglob("*.py"):

@@ -4,14 +4,18 @@
 
 `--data` is a torchvision root of CIFAR, or a folder with `train/` and `test/` (or `val/`), each with one folder
 of images a class. The cost is stated in natural passes over the data: every method makes as many updates. Run the
-same command again and it goes on where it was, bit for bit as far as the device's kernels are deterministic; it
-ends with a table, `result.json` and `curves.png`. Only free-public, which is there to compare with, starts anew.
+same command again and it goes on where it was, bit for bit as far as the device's kernels are deterministic; Ctrl-C
+loses nothing. It ends with a row for each attack, `result.json` and `curves.png`. Only free-public, which is there to
+compare with, starts anew.
 """
 
 import argparse
+import contextlib
 import math
+import pickle
 import signal
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,9 +24,11 @@ from typing import Any
 import numpy as np
 import plots
 import torch
-from arguments import fraction
+from images import class_folders
+from interrupts import Interrupts
 from methods import METHODS, batches, updates_per_batch
 from nets import Standardise, augment, create
+from options import Help, at_least, demand_autoattack, fraction, radius
 from records import environment, load, plain, random_state, save, set_random_state, write
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
@@ -62,29 +68,78 @@ ATTACKS: dict[str, dict[str, Any]] = {  # with steps of eps / 4, 2/255 where eps
 }
 NOT_OF_TRAINING = (
     *("recipe", "data", "download", "out", "save_every", "device"),
-    *("attacks", "weights", "test_images", "hard_images", "test_batch"),
+    *("attacks", "weights", "test_images", "hard_images", "test_batch", "dry_run"),
 )
+DRY = {  # the most that a dry run does
+    "batch_size": 8,
+    "replays": 2,
+    "window": 2,
+    "passes": 2.0,
+    "images": 16,
+    "held_out": 8,
+    "looks": 2,
+    "test_images": 8,
+    "test_batch": 8,
+}
+WRITTEN = "written: {}/result.json, curves.png, weights.pt"
+INTERRUPTED = 128 + signal.SIGINT  # what a shell reports after Ctrl-C
 
 
-def read(root: Path, train: bool, download: bool) -> tuple[Tensor, Tensor, list[str]]:
-    """All images, uint8 of shape (N, 3, H, W), their labels and the names of the classes."""
+def read(
+    root: Path, train: bool, download: bool, few: int | None = None
+) -> tuple[Tensor, Tensor, list[str]]:
+    """All images, uint8 of shape (N, 3, H, W), their labels and the names of the classes.
+
+    Args:
+        root: As `--data`.
+        train: The images to train on, or to test on.
+        download: Fetch CIFAR-10 if it is not there.
+        few: So many only, of all classes.
+
+    Raises:
+        SystemExit: There are no such images.
+    """
+    if not root.is_dir() and not download:
+        raise SystemExit(f"--data {root}: there is no such folder; --download fetches CIFAR-10")
     for name, kind in (
         ("cifar-10-batches-py", datasets.CIFAR10),
         ("cifar-100-python", datasets.CIFAR100),
     ):
         if (root / name).is_dir() or (download and kind is datasets.CIFAR10):
-            data = kind(root, train, download=download)
+            try:
+                data = kind(root, train, download=download)
+            except (OSError, RuntimeError) as error:  # no network, or files that are broken
+                raise SystemExit(f"--data {root}: CIFAR cannot be read: {error}") from None
             pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2)
-            return pixels, torch.tensor(data.targets), data.classes
+            return pixels[:few], torch.tensor(data.targets)[:few], data.classes
     folders = [root / name for name in (["train"] if train else ["test", "val"])]
     folder = next((f for f in folders if f.is_dir()), None)
     if folder is None:
-        raise SystemExit(f"--data {root}: neither a root of CIFAR nor train/ and test/ (or val/)")
-    files = datasets.ImageFolder(folder)
+        raise SystemExit(
+            f"--data {root}: neither a root of CIFAR nor train/ and test/ (or val/); --download fetches CIFAR-10"
+        )
+    files = class_folders(f"--data {root}", folder)
+    samples = files.samples[:: -(-len(files.samples) // few) if few else 1]
+
+    def pixels_of(sample: tuple[str, int]) -> np.ndarray:
+        try:
+            return np.asarray(files.loader(sample[0]))
+        except OSError:
+            raise SystemExit(
+                f"--data {root}: {sample[0]} cannot be read as an image; remove it"
+            ) from None
+
     with ThreadPoolExecutor(4) as pool:
-        images = list(pool.map(lambda s: np.asarray(files.loader(s[0])), files.samples))
+        images = list(pool.map(pixels_of, samples))
+    for image, (file, _) in zip(images, samples, strict=True):
+        if image.shape != images[0].shape:
+            (height, width), (first_height, first_width) = image.shape[:2], images[0].shape[:2]
+            raise SystemExit(
+                f"--data {root}: images are of different sizes, {first_width}x{first_height} in {samples[0][0]} and "
+                f"{width}x{height} in {file}: resize them to one size, or use imagenet.py, which crops"
+            )
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    return pixels, torch.tensor(files.targets), files.classes
+    return pixels, torch.tensor([label for _, label in samples]), files.classes
 
 
 class Loader:
@@ -135,12 +190,15 @@ class Run:
         self.args, self.device = args, torch.device(args.device)
         layout = torch.channels_last if args.channels_last else torch.contiguous_format
         torch.manual_seed(args.seed)
-        net = create(args.model, classes, args.activation, args.pretrained)
+        try:
+            net = create(args.model, classes, args.activation, args.pretrained)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise SystemExit(f"--model {args.model}: {error}") from None
         self.model = nn.Sequential(Standardise(MEAN, STD), net).to(
             self.device, memory_format=layout
         )
         if args.init:
-            self.model.load_state_dict(load(args.init, self.device)["weights"])
+            self.begin_with(args.init)
         self.ema = AveragedModel(self.model, multi_avg_fn=self.average, use_buffers=True)
         self.forward = torch.compile(self.model) if args.compile else self.model
         groups = param_groups_weight_decay(self.model, args.weight_decay)
@@ -156,6 +214,10 @@ class Run:
             start=args.start,
             window=args.window,
         )
+        if args.held_out >= len(images):
+            raise SystemExit(
+                f"--held-out {args.held_out} leaves nothing to train on of {len(images)} images: take fewer, or 0"
+            )
         held = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         held, rest = held[: args.held_out], held[args.held_out :]
         rest = rest[: args.images]
@@ -164,14 +226,14 @@ class Run:
         self.loader = Loader(images[rest].to(**to), labels[rest].to(self.device), *settings)
         if not len(self.loader):
             raise SystemExit(
-                f"--batch-size {args.batch_size} exceeds the {len(rest)} training images"
+                f"--batch-size {args.batch_size} exceeds the {len(rest)} training images: take a smaller one"
             )
         x, y = (images[held].float() / 255).to(**to), labels[held].to(self.device)
         self.held_out = list(zip(x.split(500), y.split(500), strict=True)) if len(held) else []
         self.total = round(args.passes * len(rest) / args.batch_size)
         if not self.total:
             raise SystemExit(
-                f"--passes {args.passes:g} are not one update of {args.batch_size} images"
+                f"--passes {args.passes:g} are not one update of {args.batch_size} images: take more passes"
             )
         if args.schedule == "multistep":
             cuts = [self.total // 2, self.total * 3 // 4]
@@ -189,6 +251,18 @@ class Run:
         self.judge = "clean" if args.method == "natural" else "robust"
         self.losses, self.since = torch.zeros((), device=self.device), 0  # since the last look
         self.free.report()  # from now on
+
+    def begin_with(self, file: Path) -> None:
+        """Take over the weights of another run."""
+        if not file.is_file():
+            raise SystemExit(f"--init {file}: there is no such file; it is the weights.pt of a run")
+        try:
+            self.model.load_state_dict(load(file, self.device)["weights"])
+        except (KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+            reason = (str(error).strip().splitlines() or [""])[-1].strip()
+            raise SystemExit(
+                f"--init {file} does not fit --model {self.args.model}: {reason}"
+            ) from None
 
     def average(self, averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
         """Exponential moving average whose horizon grows until it is that of `--ema`."""
@@ -285,9 +359,16 @@ class Run:
 
     def train(self) -> None:
         """Go on to the end, with a look every now and then and a checkpoint after each."""
-        args, checkpoint = self.args, self.args.out / "last.pt"
+        checkpoint = self.args.out / "last.pt"
         if checkpoint.exists():
             self.go_on(load(checkpoint, self.device))
+            print(f"goes on from update {self.step} of {self.total}, {checkpoint}")
+        with Interrupts(signal.SIGINT) as stop:
+            self.to_the_end(checkpoint, stop)
+
+    def to_the_end(self, checkpoint: Path, stop: Interrupts) -> None:
+        """Make the updates that are left, or those before Ctrl-C, after which the process ends."""
+        args, kept = self.args, self.args.method != "free-public"  # its delta is not kept
         looks = {round(self.total * (i + 1) / args.looks) for i in range(args.looks)}
         clocks = time.perf_counter, time.process_time
         bar = tqdm(total=self.total, initial=self.step, desc=args.method, unit="update")
@@ -296,8 +377,8 @@ class Run:
             self.losses += loss
             self.since += 1
             bar.update()
-            look = self.step in looks
-            if look or self.step % args.save_every == 0:
+            look, stopped = self.step in looks, stop.wanted
+            if look or stopped or self.step % args.save_every == 0:
                 self.losses.item()  # waits for the GPU
                 wall, cpu = (clock() - mark for clock, mark in zip(clocks, marks, strict=True))
                 self.seconds, self.cpu_seconds = self.seconds + wall, self.cpu_seconds + cpu
@@ -307,8 +388,13 @@ class Run:
                     bar.set_postfix(
                         {k: f"{row[k]:.3f}" for k in ("loss", "clean", "robust") if k in row}
                     )
-                if args.method != "free-public":  # its delta is not kept: it starts anew
+                if kept:
                     save(checkpoint, self.state())
+                if stopped:
+                    bar.close()
+                    told = f"stopped after update {self.step} of {self.total}: the same command goes on from there, {checkpoint}"
+                    print(told if kept else f"stopped: {args.method} starts anew", file=sys.stderr)
+                    raise SystemExit(INTERRUPTED)
                 marks = [clock() for clock in clocks]
         bar.close()
 
@@ -340,6 +426,10 @@ def test(run: Run, images: Tensor, labels: Tensor) -> list[dict[str, Any]]:
             continue
         model.load_state_dict(last if weights == "last" else run.best["weights"])
         settings = dict(ATTACKS[name])
+        if args.dry_run:
+            if "steps" not in settings:
+                continue  # AutoAttack takes minutes
+            settings |= {"steps": 2, "restarts": 1}
         if "steps" in settings:
             settings["step_size"] = run.judged_by.eps / 4
         hard = args.hard_images if settings.get("restarts", 10) > 1 else None
@@ -355,7 +445,7 @@ def test(run: Run, images: Tensor, labels: Tensor) -> list[dict[str, Any]]:
 
 def draw(record: dict[str, Any], path: Path) -> None:
     """Training loss and accuracy on the held-out images along the run."""
-    curve, method = record["curve"], record["arguments"]["method"]
+    curve = record["curve"]
     aligned = "alignment" in curve[0]
     figure, axes = plots.plt.subplots(1, 2 + aligned, figsize=(9 + 3 * aligned, 3.4))
     left, right = axes[:2]
@@ -370,83 +460,124 @@ def draw(record: dict[str, Any], path: Path) -> None:
             )
         axes[2].set(xlabel="update", ylabel="cosine of delta and gradient")
         axes[2].legend()
-    run = {"label": method, "curve": curve, "cost": curve[-1]["update"]}
-    plots.curves(left, [run], "loss")
-    left.set(xlabel="update", ylabel="training loss")
-    for key, colour in (("clean", plots.BLUE), ("robust", plots.RED)):
-        if key in curve[0]:
-            plots.curves(right, [run | {"label": key}], key, colour)
-            right.legend()
-    right.set(xlabel="update", ylabel="held-out accuracy (%)", ylim=(0, 100))
-    right.set_title("robust: under PGD-10", fontsize="medium")
+    looks = [row for row in curve if "robust" in row]
+    plots.learning(left, right, record["arguments"]["method"], curve, looks)
     plots.save(figure, path)
 
 
-def whole(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
+    recipe = argparse.ArgumentParser(add_help=False)
+    recipe.add_argument(
+        "--recipe", choices=RECIPES, default="default", help="gives other arguments their defaults"
+    )
+    line = __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser(description=line, formatter_class=Help, parents=[recipe])
+    add, whole, count = parser.add_argument, at_least(1), at_least(0)
     add("--data", type=Path, required=True, help="root of CIFAR, or folders of images")
     add("--download", action="store_true", help="fetch CIFAR-10 into --data")
     add("--out", type=Path, default=Path("runs/cifar10"), help="folder of the run; goes on in it")
-    add("--recipe", choices=RECIPES, default="default", help="defaults of what follows")
-    add("--method", choices=METHODS[:6], default="free")
+    add("--dry-run", action="store_true", help="a few updates on a few images, to see that it runs")
+    add("--method", choices=METHODS[:6], default="free", help="how to train")
     add("--model", default="resnet18", help="resnet18, preactresnet18, wrn-d-k, cnn-w or timm's")
-    add("--activation", choices=["relu", "leaky", "silu", "gelu"], default="relu")
+    activations = ["relu", "leaky", "silu", "gelu"]
+    add(
+        "--activation",
+        choices=activations,
+        default="relu",
+        help="of the models that are not timm's",
+    )
     add("--pretrained", action="store_true", help="begin with timm's weights")
     add("--init", type=Path, help="begin with the weights.pt of another run")
     add("--replays", type=whole, default=8, help="the paper's m")
     add("--window", type=whole, default=1, help="minibatches that take turns in Free")
     add("--passes", type=float, default=200.0, help="natural passes over the data: the cost")
-    add("--eps", type=fraction, default=8 / 255, help="linf radius, pixels in [0, 1]")
-    add("--test-eps", type=fraction, help="radius of the attacks, if it is not that of training")
-    add(
-        "--step-size",
-        type=fraction,
-        help="ascent step of Free, in the units of eps, which is the default",
-    )
+    add("--eps", type=radius, default="8/255", help="linf radius, pixels in [0, 1]")
+    step = "ascent step of Free, in the units of --eps (default: that of --eps)"
+    add("--step-size", type=fraction, help=step)
+    radius_of_tests = "radius of the attacks, if another than that of training (default: --eps)"
+    add("--test-eps", type=radius, help=radius_of_tests)
     add("--start", choices=["carry", "zero", "uniform"], default="carry", help="delta of Free")
     add("--batch-size", type=whole, default=128, help="of an update")
     add("--lr", type=float, default=0.1, help="peak of the schedule")
-    add("--schedule", choices=["onecycle", "multistep"], default="onecycle")
+    add("--schedule", choices=["onecycle", "multistep"], default="onecycle", help="of --lr")
     add("--warmup", type=float, default=0.3, help="share of the updates that onecycle warms up in")
     add("--weight-decay", type=float, default=5e-4, help="on kernels, not on norms and biases")
-    add("--nesterov", action="store_true")
-    add("--label-smoothing", type=float, default=0.0)
-    add("--norm-momentum", type=float, help="of batch norm's running statistics")
-    add("--pad", type=int, default=4, help="random crops of the image padded by this")
+    add("--nesterov", action="store_true", help="Nesterov's momentum")
+    add("--label-smoothing", type=float, default=0.0, help="of the training loss")
+    momentum = "of batch norm's running statistics (default: the model's own)"
+    add("--norm-momentum", type=float, help=momentum)
+    add("--pad", type=count, default=4, help="random crops of the image padded by this")
     add("--ema", type=float, default=0.0, help="decay of the averaged weights, such as 0.9995")
-    add("--amp", choices=["none", "bf16", "fp16"], default="none")
-    add("--channels-last", action="store_true")
-    add("--compile", action="store_true")
-    add("--images", type=int, help="train on this many, a fixed choice; all by default")
-    add("--held-out", type=int, default=1000, help="training images that choose the checkpoint")
+    add("--amp", choices=["none", "bf16", "fp16"], default="none", help="autocast of the training")
+    add("--channels-last", action="store_true", help="memory layout of weights and images")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--images", type=whole, help="train on this many, a fixed choice (default: all)")
+    add("--held-out", type=count, default=1000, help="training images that choose the checkpoint")
     add("--looks", type=whole, default=20, help="how often they are attacked, with PGD-10")
     add("--save-every", type=whole, default=1000, help="updates between two checkpoints")
-    add("--attacks", nargs="*", choices=ATTACKS, default=["pgd-20", "pgd-50", "autoattack"])
-    add("--test-images", type=int, help="attack this many, a fixed choice; all by default")
-    add("--hard-images", type=int, help="of them for attacks with restarts and AutoAttack")
-    add("--weights", nargs="+", choices=["best", "last"], default=["best"], help="to be attacked")
-    add("--test-batch", type=whole, default=500)
-    add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.set_defaults(**RECIPES[parser.parse_args(argv).recipe])
-    return parser.parse_args(argv)
+    attacks = ["pgd-20", "pgd-50", "autoattack"]
+    add("--attacks", nargs="*", choices=ATTACKS, default=attacks, help="on the test images")
+    add("--test-images", type=whole, help="attack this many, a fixed choice (default: all)")
+    hard = "of them for attacks with restarts and AutoAttack (default: all)"
+    add("--hard-images", type=whole, help=hard)
+    weights = ["best", "last"]
+    add("--weights", nargs="+", choices=weights, default=["best"], help="which are attacked")
+    add("--test-batch", type=whole, default=500, help="images that are attacked at once")
+    add("--seed", type=int, default=0, help="of weights, order and random starts")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="where to train")
+    parser.set_defaults(**RECIPES[recipe.parse_known_args(argv)[0].recipe])
+    args = parser.parse_args(argv)
+    if args.dry_run:
+        for name, most in DRY.items():
+            given = getattr(args, name)
+            setattr(args, name, most if given is None else min(given, most))
+    return args
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
-    images, labels, classes = read(args.data, True, args.download)
-    *tested, others = read(args.data, False, args.download)
+    with contextlib.ExitStack() as stack:
+        if args.dry_run:
+            args.out = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        try:
+            record = experiment(args)
+        except KeyboardInterrupt:
+            print(f"stopped at once: {where(args.out)}", file=sys.stderr)
+            raise SystemExit(INTERRUPTED) from None
+    kept = "dry run: without AutoAttack, and nothing of it is kept"
+    print(kept if args.dry_run else WRITTEN.format(args.out))
+    return record
+
+
+def where(out: Path) -> str:
+    """From where the same command would go on."""
+    last = out / "last.pt"
+    if not last.exists():
+        return "nothing was saved yet, and the same command starts anew"
+    return f"the same command goes on from update {load(last)['step']}, {last}"
+
+
+def experiment(args: argparse.Namespace) -> dict[str, Any]:
+    """Train, attack, and write what came out."""
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    few = 64 if args.dry_run else None
+    images, labels, classes = read(args.data, True, args.download, few)
+    *tested, others = read(args.data, False, args.download, few)
     if classes != others:
-        raise SystemExit(f"--data {args.data}: the classes to train on and to test on differ")
-    if "autoattack" in args.attacks and len(classes) < 4:
-        raise SystemExit(f"--attacks autoattack needs at least 4 classes, here are {len(classes)}")
+        only = ", ".join(sorted({*classes} ^ {*others})[:5])
+        raise SystemExit(
+            f"--data {args.data}: the classes to train on and to test on differ; in one of them only: {only}"
+        )
+    if "autoattack" in args.attacks:
+        demand_autoattack("--attacks autoattack", len(classes))
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--out {args.out} cannot be made: {error.strerror}") from None
     run = Run(args, images, labels, len(classes))
     run.train()
     save(args.out / "weights.pt", {"weights": run.best["weights"]})
@@ -474,12 +605,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     print(
         f"{args.method}, {run.total} updates in {run.seconds:.0f} s; weights of {record['weights']}"
     )
-    print(f"written: {args.out}/result.json, curves.png, weights.pt")
     return record
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:  # the same command goes on
-        sys.exit(128 + signal.SIGINT)
+    main()

@@ -37,7 +37,7 @@ import nets
 import records
 import timm
 import torch
-from arguments import fraction
+from options import fraction
 from timm.models import load_checkpoint
 from torch import Tensor, distributed, nn
 from torch.nn import functional
@@ -175,7 +175,7 @@ class Training:
             pin_memory=self.device.type == "cuda",
             # A worker that is forked while another thread holds a lock may never answer: say so, do not hang.
             timeout=600 if self.args.workers else 0,
-            worker_init_fn=images.ignore_sigterm,
+            worker_init_fn=images.ignore_signals,
             generator=torch.Generator(),  # or it would draw from the global one
         )
         return images.Feed(loader, self.device, self.layout)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -34,6 +35,28 @@ def transforms(size: int, resize: int) -> tuple[v2.Compose, v2.Compose]:
     """From an image to bytes of shape (3, size, size): for training, and for evaluation."""
     train = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()]
     return v2.Compose(train), v2.Compose([v2.Resize(resize), v2.CenterCrop(size), v2.PILToTensor()])
+
+
+def class_folders(argument: str, folder: Path, transform: v2.Compose | None = None) -> ImageFolder:
+    """The images of a folder with a folder for each class.
+
+    Raises:
+        SystemExit: There is nothing to read, and which `argument` says so.
+    """
+    if not folder.is_dir():
+        raise SystemExit(f"{argument}: there is no folder {folder}")
+    if not any(entry.is_dir() for entry in folder.iterdir()):
+        raise SystemExit(
+            f"{argument}: {folder} has no folders; it needs one for each class, with its images"
+        )
+    found = ImageFolder(folder, transform, allow_empty=True)
+    filled = set(found.targets)
+    if empty := [name for name, label in found.class_to_idx.items() if label not in filled]:
+        names = ", ".join(empty[:5]) + (" and others" if len(empty) > 5 else "")
+        raise SystemExit(
+            f"{argument}: no images in {folder} for {names}; put some there, or remove the folder"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -76,14 +99,24 @@ class Images:
             from webdataset.shardlists import expand_urls
 
             if not (val and count):
-                sys.exit("shards need --val FOLDER and --images COUNT")
+                sys.exit(f"--data {data}: shards need --val FOLDER and --images COUNT")
             self.shards, self.count = list(expand_urls(data)), count
-            self.val = ImageFolder(val, centre)
+            missing = [url for url in self.shards if "://" not in url and not Path(url).is_file()]
+            if missing:
+                sys.exit(
+                    f"--data {data}: there is no file {missing[0]}, the first of {len(missing)}"
+                )
+            self.val = class_folders(f"--val {val}", Path(val), centre)
             return
-        self.val = ImageFolder(val or f"{data}/val", centre)
-        self.folder = ImageFolder(f"{data}/train")
+        self.folder = class_folders(f"--data {data}", Path(data) / "train")
+        where = (f"--val {val}", Path(val)) if val else (f"--data {data}", Path(data) / "val")
+        self.val = class_folders(*where, centre)
         if self.folder.classes != self.val.classes:
-            sys.exit(f"{self.folder.root} and {self.val.root} have different classes")
+            only = sorted({*self.folder.classes} ^ {*self.val.classes})[:5]
+            sys.exit(
+                f"{where[0]}: {self.folder.root} and {self.val.root} have different classes; "
+                f"in one of them only: {', '.join(only)}"
+            )
         self.count = len(self.folder)
 
     def __len__(self) -> int:
@@ -92,7 +125,10 @@ class Images:
     def demand(self, readers: int) -> None:
         """Make sure that there is a shard for each worker of each rank."""
         if self.shards and len(self.shards) < readers:
-            sys.exit(f"{len(self.shards)} shards are too few for {readers} workers on all ranks")
+            sys.exit(
+                f"{len(self.shards)} shards are too few for {readers} workers on all ranks: "
+                "take fewer --workers, or cut the data into more shards"
+            )
 
     def training(self, plan: Plan) -> dict[str, Any]:
         """What a DataLoader needs to read the batches of a plan."""
@@ -181,9 +217,10 @@ def _augment(transform: v2.Compose, image: Image.Image, *numbers: int) -> Tensor
         return transform(image)
 
 
-def ignore_sigterm(_: int) -> None:
-    """For workers: schedulers send SIGTERM to all processes, and the job needs its loader to finish an update."""
+def ignore_signals(_: int) -> None:
+    """For workers: Ctrl-C and SIGTERM may go to all processes, and the job needs its loader to finish an update."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Feed:

@@ -48,7 +48,7 @@ class Help(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         default, text = action.default, action.help or ""
-        if default in (None, False, argparse.SUPPRESS) or action.required:
+        if default is None or default is False or default is argparse.SUPPRESS or action.required:
             return text
         shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
         return f"{text} (default: {shown})".replace("%", "%%").strip()

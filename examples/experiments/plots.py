@@ -116,6 +116,28 @@ def curves(axes: Axes, runs: Sequence[dict[str, Any]], key: str, colour: str | N
         axes.plot(times, values, label=run["label"], **style)
 
 
+def learning(
+    left: Axes, right: Axes, label: str, losses: list[dict[str, Any]], looks: list[dict[str, Any]]
+) -> None:
+    """One run over its updates: the training loss, and beside it the accuracies, clean and under PGD-10.
+
+    Args:
+        left: Where to draw the loss.
+        right: Where to draw the accuracies.
+        label: The method.
+        losses: Each with "update" and "loss".
+        looks: Each with "update", "clean" and "robust" (fractions); none at all is fine.
+    """
+    curves(left, [{"label": label, "curve": losses, "cost": losses[-1]["update"]}], "loss")
+    left.set(xlabel="update", ylabel="training loss")
+    for key, colour in (("clean", BLUE), ("robust", RED)) if looks else ():
+        run = {"label": key, "curve": looks, "cost": looks[-1]["update"]}
+        curves(right, [run], key, colour)
+        right.legend()
+    right.set(xlabel="update", ylabel="held-out accuracy (%)", ylim=(0, 100))
+    right.set_title("robust: under PGD-10", fontsize="medium")
+
+
 def show(cell: Axes, image: Tensor, title: str = "", colour: str = BLACK) -> None:
     """One image of shape (1 or 3, H, W) in [0, 1]."""
     grey = len(image) == 1
