@@ -28,6 +28,7 @@ JUDGED = (
 )
 FREE = "--method free --replays"
 TURNS = f"{FREE} 8 --window 8"
+BOTH = "--label-smoothing 0.1 --ema 0.999"
 QUICK = "--attacks pgd-50"
 TUNE = f"--passes 5 --lr 0.05 --looks 5 {QUICK}"
 STUDIES: dict[str, dict[str, str]] = {
@@ -76,6 +77,7 @@ STUDIES: dict[str, dict[str, str]] = {
         "Free, m=8, W=8": TURNS,
         "with label smoothing 0.1": f"{TURNS} --label-smoothing 0.1",
         "with averaged weights": f"{TURNS} --ema 0.999",
+        "with both": f"{TURNS} {BOTH}",
         "with a step of 0.75 eps": f"{TURNS} --step-size 6/255",
         "with a step of 0.5 eps": f"{TURNS} --step-size 4/255",
         "with batch norm's momentum over m": f"{TURNS} --norm-momentum 0.0125",
@@ -84,7 +86,9 @@ STUDIES: dict[str, dict[str, str]] = {
     "wide": {
         "natural": "--method natural",
         **{f"Free, m=8, W={w}": f"{FREE} 8 --window {w}" for w in (1, 8)},
+        "Free, m=8, W=8, smoothed, averaged": f"{TURNS} {BOTH}",
         "N-FGSM, half the passes": "--method n-fgsm --passes 12",
+        "N-FGSM, half the passes, smoothed, averaged": f"--method n-fgsm --passes 12 {BOTH}",
     },
 }
 SMALLER = f"--model cnn-16 --images 20000 --passes 30 {JUDGED}"
