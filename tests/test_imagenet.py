@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+import imagenet
 import images
 import jobs
 import numpy
@@ -150,8 +152,19 @@ def test_a_job_that_was_killed_ends_bit_equal_to_one_that_was_not(ddp):
 
 def test_a_checkpoint_replaces_the_older_ones_and_what_a_kill_has_left_half_written(ddp):
     out, *_ = ddp
-    files = {"last.pt", "rank0-24.pt", "rank1-24.pt", "weights.pt", "result.json"}
+    files = {"last.pt", "rank0-24.pt", "rank1-24.pt", "weights.pt", "result.json", "curves.png"}
     assert {path.name for path in (out / "parts").iterdir()} == files
+
+
+def test_the_curve_of_a_job_that_was_killed_is_that_of_one_that_was_not_and_is_drawn(ddp):
+    out, *_ = ddp
+    whole, parts = (
+        json.loads((out / name / "result.json").read_text()) for name in ("whole", "parts")
+    )
+    assert [row["update"] for row in whole["curve"]] == [6, 12, 18, 24]
+    assert all(row["loss"] > 0 for row in whole["curve"])
+    assert parts["curve"] == whole["curve"]
+    assert (out / "parts" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_image_is_evaluated_once_by_the_ranks_together(ddp):
@@ -259,13 +272,100 @@ def test_a_job_refuses_other_arguments_and_ranks(ddp, data):
     assert states(out / "parts")["last.pt"]["progress"]["update"] == 24
 
 
-def test_sigterm_saves_and_the_exit_code_says_that_the_job_is_not_done(data, tmp_path):
-    end = {"kill_after": f"update {LATER}/", "kind": signal.SIGTERM, "ranks": 1}
+@pytest.mark.parametrize(("kind", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+def test_a_signal_saves_and_the_exit_code_says_that_the_job_is_not_done(kind, name, data, tmp_path):
+    end = {"kill_after": f"update {LATER}/", "kind": kind, "ranks": 1}
     run = Run(tmp_path, data, "--method", "fgsm-rs", **end)
-    assert run.code == 128 + signal.SIGTERM, run.errors
-    update = int(re.search(r"saved update (\d+) in .*\nSIGTERM: stops here", run.out)[1])
-    assert LATER <= update < 24
+    assert run.code == 128 + kind, run.errors
+    told = rf"saved update (\d+) in .*\n{name}: stops here; the same command goes on from update \1 of 48, {tmp_path}"
+    assert re.search(told, run.out), run.out
+    update = int(re.search(told, run.out)[1])
+    assert LATER <= update < 48
     assert states(tmp_path)["last.pt"]["progress"]["update"] == update
+    assert "Traceback" not in run.errors
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """The job in this process: the code with which it ends and what it has printed."""
+
+    def main(data, out, *options):
+        words = ["imagenet.py", "--data", data, "--out", out, *COMMON.split(), *options]
+        monkeypatch.setattr(sys, "argv", list(map(str, words)))
+        code = 0
+        try:
+            imagenet.main()
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return main
+
+
+def test_a_dry_run_makes_a_few_updates_and_leaves_nothing_behind(data, tmp_path, main):
+    (tmp_path / "there").mkdir()
+    for out in (tmp_path / "new", tmp_path / "there"):
+        code, text, errors = main(data, out, "--dry-run", "--workers", 0)
+        assert code == 0, errors
+        assert "4 updates of 2; 1 x cpu" in text
+        assert "update 4/4" in text
+        assert "dry run: it went to its end" in text
+    assert not (tmp_path / "new").exists()
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--model resnet1", "--model resnet1: Unknown model (resnet1)"),
+        (
+            "--batch-size 49",
+            "--batch-size 49 on each of 1 ranks needs 49 images, and --data has 48",
+        ),
+        ("--passes 1", "--passes 1 must be more than --warmup 1"),
+        (
+            "--eps 4",
+            "--eps: above 0 and at most 1, for pixels in [0, 1], got 4; did you mean 4/255?",
+        ),
+        ("--init no.pt", "--init no.pt: there is no such file"),
+        ("--val no", "--val no: there is no folder no"),
+        ("--data no", "--data no: there is no folder no/train"),
+        ("--data no-{0..1}.tar --images 9 --val VAL", "there is no file no-0.tar, the first of 2"),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_line(options, message, data, tmp_path, main):
+    words = options.replace("VAL", str(data / "val")).split()
+    code, _, errors = main(data, tmp_path, *words)
+    assert code in (1, 2)  # 2 where it is the parser that says so
+    assert message in errors.splitlines()[-1]
+
+
+def test_weights_of_another_network_are_refused_in_one_line(ddp, data, tmp_path, main):
+    weights = ddp[0] / "whole" / "weights.pt"
+    code, _, errors = main(data, tmp_path, "--model", "test_vit", "--init", weights)
+    assert code == 1
+    assert re.search(rf"^--init {weights} does not fit --model test_vit: .*$", errors, re.M)
+
+
+def test_classes_without_images_and_classes_that_differ_are_refused(data, tmp_path, main):
+    copy = shutil.copytree(data, tmp_path / "data")
+    (copy / "val" / "class9").mkdir()
+    _, _, errors = main(copy, tmp_path / "out")
+    assert f"--data {copy}: no images in {copy}/val for class9; put some there" in errors
+    shutil.rmtree(copy / "val" / "class9")
+    shutil.rmtree(copy / "val" / "class2")
+    _, _, errors = main(copy, tmp_path / "out")
+    assert "have different classes; in one of them only: class2" in errors
+
+
+def test_the_help_shows_defaults_as_one_would_type_them(main):
+    code, text, _ = main("x", "y", "--help")
+    text = re.sub(r"\s+", " ", text)
+    assert code == 0
+    assert "linf radius, pixels in [0, 1] (default: 4/255)" in text
+    assert "the paper's m (default: 4)" in text
+    assert "None" not in text
+    assert "False" not in text
 
 
 def in_shards(data):
@@ -327,7 +427,7 @@ def test_too_few_shards_and_missing_facts_about_them_are_refused(data):
     source = images.Images(*in_shards(data), size=32, resize=36)
     with pytest.raises(SystemExit, match="5 shards are too few for 6 workers"):
         source.demand(6)
-    with pytest.raises(SystemExit, match="--val FOLDER and --images COUNT"):
+    with pytest.raises(SystemExit, match="shards need --val FOLDER and --images COUNT"):
         images.Images(in_shards(data)[0], None, None, size=32, resize=36)
 
 

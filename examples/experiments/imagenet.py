@@ -11,7 +11,7 @@ run that was never stopped, as far as the kernels of the device are deterministi
 all machines share.
 
 On SIGTERM the job finishes its update, saves and exits with 143, which schedulers read as "not done, start it again"; 0 would
-tell them that it is done. A torchrun that gets the signal hands it on, and exits with 1. With `--max-restarts` torchrun
+tell them that it is done. On Ctrl-C it does the same and exits with 130. A torchrun that gets the signal hands it on, and exits with 1. With `--max-restarts` torchrun
 starts the ranks again when one of them dies; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 then, without which they may
 read the addresses of those that are gone (pytorch issue 135712).
 
@@ -20,12 +20,15 @@ Reported are the clean accuracy and that under PGD-10 and PGD-50 in steps of eps
 """
 
 import argparse
+import contextlib
 import functools
 import math
+import pickle
+import shutil
 import signal
 import sys
-import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -34,10 +37,12 @@ import images
 import jobs
 import methods
 import nets
+import plots
 import records
 import timm
 import torch
-from options import fraction
+from interrupts import Interrupts
+from options import Help, at_least, demand_autoattack, radius
 from timm.models import load_checkpoint
 from torch import Tensor, distributed, nn
 from torch.nn import functional
@@ -49,9 +54,19 @@ from free_adv import FreeAdversarial, ThreatModel, evaluate
 
 # What may be another when a job goes on.
 MAY_CHANGE = ("data", "val", "out", "workers", "save_every", "save_updates", "log_every")
-MAY_CHANGE += ("eval_every", "eval_images", "autoattack")
+MAY_CHANGE += ("eval_every", "eval_images", "autoattack", "dry_run")
 PLACES = "data", "val", "out", "init"  # of this machine, not of the result
-PREEMPTED = 128 + signal.SIGTERM
+DRY = {  # the most that a dry run does
+    "batch_size": 2,
+    "replays": 2,
+    "window": 2,
+    "passes": 2,
+    "warmup": 1,
+    "workers": 1,
+    "log_every": 1,
+    "eval_every": 1,
+    "autoattack": 0,
+}
 
 
 def say(text: str) -> None:
@@ -66,6 +81,8 @@ def build(args: argparse.Namespace, classes: int, pretrained: bool) -> nn.Sequen
         net = timm.create_model(args.model, img_size=args.size, **arguments)
     except TypeError:  # the model takes any size
         net = timm.create_model(args.model, **arguments)
+    except (RuntimeError, ValueError, OSError) as error:
+        sys.exit(f"--model {args.model}: {error}")
     config = timm.data.resolve_model_data_config(net)
     return nn.Sequential(nets.Standardise(config["mean"], config["std"]), net)
 
@@ -79,6 +96,17 @@ def factor(schedule: str, update: int, total: int, warmup: int) -> float:
     return (1 + math.cos(math.pi * (update - warmup) / (total - warmup))) / 2
 
 
+def begin_with(net: nn.Module, args: argparse.Namespace) -> None:
+    """Take over the weights in a file."""
+    if not args.init.is_file():
+        sys.exit(f"--init {args.init}: there is no such file; it is the weights.pt of a run")
+    try:
+        load_checkpoint(net, str(args.init))
+    except (KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = (str(error).strip().splitlines() or [""])[-1].strip()
+        sys.exit(f"--init {args.init} does not fit --model {args.model}: {reason}")
+
+
 class Training:
     """A model in training and what it has come to."""
 
@@ -89,20 +117,30 @@ class Training:
         where = args.data, args.val, args.images
         self.data = images.Images(*where, args.size, args.resize or args.size * 256 // 224)
         self.data.demand(self.ranks * max(1, args.workers))
-        count, self.classes = len(self.data), len(self.data.val.classes)
         self.batch = args.batch_size * self.ranks
+        if args.dry_run:
+            self.data.count = min(len(self.data), 2 * self.batch)
+        count, self.classes = len(self.data), len(self.data.val.classes)
+        if args.autoattack:
+            demand_autoattack("--autoattack", self.classes)
         self.per_pass = count // self.batch  # updates
         self.total = args.passes * self.per_pass
         if not self.per_pass:
-            sys.exit(f"{count} images are less than a batch of {self.batch}")
+            sys.exit(
+                f"--batch-size {args.batch_size} on each of {self.ranks} ranks needs {self.batch} images, "
+                f"and --data has {count}: take a smaller one"
+            )
         if args.passes <= args.warmup:
             sys.exit(f"--passes {args.passes} must be more than --warmup {args.warmup:g}")
         self.update, self.seconds, self.history = 0, 0.0, []
+        self.curve: list[dict[str, float]] = []  # a row for each pass
+        self.losses = torch.zeros((), device=device)  # since the last row
+        self.short = {2: 2 * self.ranks} if args.dry_run else {}  # for every evaluation
 
         torch.manual_seed(args.seed)
         self.net = net = build(args, self.classes, args.pretrained)
         if args.init:
-            load_checkpoint(net[1], str(args.init))
+            begin_with(net[1], args)
         # FSDP takes contiguous weights only; convolutions follow the layout of the images as well.
         net.to(device, memory_format=torch.contiguous_format if args.fsdp else self.layout)
         self.ema = None
@@ -155,6 +193,7 @@ class Training:
     def save(self) -> None:
         start = time.perf_counter()
         progress = {"update": self.update, "seconds": self.seconds, "history": self.history}
+        progress |= {"curve": self.curve, "losses": self.losses.item()}
         own = {"free": self.free.state_dict(), "generator": self.generator.get_state()}
         self.checkpoint.save(progress, own)
         say(f"saved update {self.update} in {time.perf_counter() - start:.1f} s")
@@ -163,10 +202,11 @@ class Training:
         if state := self.checkpoint.load(self.device):
             progress, own = state
             self.update, self.seconds = progress["update"], progress["seconds"]
-            self.history = progress["history"]
+            self.history, self.curve = progress["history"], progress["curve"]
+            self.losses += progress["losses"]
             self.free.load_state_dict(own["free"])
             self.generator.set_state(own["generator"].cpu())
-            say(f"goes on from update {self.update} of {self.checkpoint.last}")
+            say(f"goes on from update {self.update} of {self.total}, {self.checkpoint.last}")
 
     def load(self, **what: Any) -> images.Feed:
         loader = DataLoader(
@@ -181,20 +221,21 @@ class Training:
         return images.Feed(loader, self.device, self.layout)
 
     def train(self) -> None:
+        """Make the updates that are left, or those before Ctrl-C or SIGTERM, after which the process ends."""
+        # torchrun hands Ctrl-C on to ranks that have had it from the terminal.
+        with Interrupts(signal.SIGTERM, signal.SIGINT, at_once=self.ranks == 1) as stop:
+            self.to_the_end(stop)
+
+    def to_the_end(self, stop: Interrupts) -> None:
         """Make the updates that are left, and log, evaluate and save on the way."""
         args = self.args
         each = methods.updates_per_batch(args.method, args.replays)
-        first, stop = (
-            -(-self.update // each),
-            -(-self.total // each),
-        )  # from the batch not yet taken
+        first, end = -(-self.update // each), -(-self.total // each)  # from the batch not yet taken
         own = self.rank, self.ranks, args.seed
-        plan = images.Plan(args.batch_size, self.per_pass, first, stop, *own)
+        plan = images.Plan(args.batch_size, self.per_pass, first, end, *own)
         feed = self.load(**self.data.training(plan))
         peak, warmup = args.lr * self.batch / 256, round(args.warmup * self.per_pass)
         between = args.eval_every * self.per_pass
-        terminated = threading.Event()
-        before = signal.signal(signal.SIGTERM, lambda *_: terminated.set())
         saved = mark = time.perf_counter()
         lap = self.update, self.seconds, 0.0
         losses = torch.zeros((), device=self.device)
@@ -214,15 +255,17 @@ class Training:
             if self.ema:
                 self.ema.update_parameters(self.net)
             losses += loss.detach()
+            self.losses += loss.detach()
 
             done = self.update == self.total
             log = done or self.update % args.log_every == 0
+            row = done or self.update % self.per_pass == 0
             look = between and self.update % between == 0 and not done
             late = done or time.perf_counter() - saved > args.save_every
             late = late or (args.save_updates and self.update % args.save_updates == 0)
             # All ranks save and stop after the same update, whichever wants to.
-            vote = jobs.agree(2 if terminated.is_set() else 1 if late else 0)
-            if not (log or look or vote):
+            vote = jobs.agree(stop.wanted or int(late))
+            if not (log or row or look or vote):
                 continue
             if jobs.agree(not math.isfinite(losses)):
                 sys.exit(f"update {self.update}: the loss is not finite; see --lr and --warmup")
@@ -237,18 +280,24 @@ class Training:
                 )
                 lap = self.update, self.seconds, feed.waited
                 losses.zero_()
+            if row:
+                since = self.update - (self.curve[-1]["update"] if self.curve else 0)
+                loss = self.losses.item() / since
+                self.curve.append({"update": self.update, "lr": rate, "loss": loss})
+                self.losses.zero_()
             if look:
-                self.history += self.evaluate({10: args.eval_images})
+                self.history += self.evaluate(self.short or {10: args.eval_images})
             if vote:
                 self.save()
                 saved = time.perf_counter()
-            if vote == 2:
-                say("SIGTERM: stops here; the same command goes on from here")
-                sys.exit(PREEMPTED)
+            if vote > 1:
+                kind = "Ctrl-C" if vote == signal.SIGINT else signal.Signals(vote).name
+                place = f"update {self.update} of {self.total}, {self.checkpoint.last}"
+                say(f"{kind}: stops here; the same command goes on from {place}")
+                sys.exit(128 + vote)
             if done:
                 break
             mark = time.perf_counter()
-        signal.signal(signal.SIGTERM, before)
 
     def plain(self) -> nn.Module:
         """A copy of the model, of its average if there is one, in one piece and the same on all ranks."""
@@ -282,45 +331,52 @@ class Training:
 
 
 def parse() -> argparse.Namespace:
-    form = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=form)
-    add = parser.add_argument
+    line = __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser(description=line, formatter_class=Help)
+    add, whole, count = parser.add_argument, at_least(1), at_least(0)
     add("--data", required=True, help="folder with train/ and val/, or shards 'train-{00..99}.tar'")
-    add("--val", help="folder of classes to evaluate on, if not --data/val")
-    add("--images", type=int, help="number of training images, with shards")
+    add("--val", help="folder of classes to evaluate on (default: val/ in --data)")
+    add("--images", type=whole, help="number of training images, with shards")
     add("--out", type=Path, required=True, help="folder for checkpoints and result.json")
+    add("--dry-run", action="store_true", help="a few updates on a few images, to see that it runs")
     add("--model", default="resnet50", help="any name of timm's")
     add("--pretrained", action="store_true", help="begin with timm's weights")
     add("--init", type=Path, help="begin with the weights in this file")
-    add("--method", default="free", choices=["natural", "free", "pgd", "fgsm-rs"])
-    add("--replays", type=int, default=4, help="the paper's m")
-    add("--window", type=int, default=1, help="minibatches that take turns")
-    add("--eps", type=fraction, default="4/255", help="linf radius, pixels in [0, 1]")
-    add("--passes", type=int, default=90, help="natural passes over the data: the cost")
-    add("--batch-size", type=int, default=256, help="of each rank")
+    ways = ["natural", "free", "pgd", "fgsm-rs"]
+    add("--method", default="free", choices=ways, help="how to train")
+    add("--replays", type=whole, default=4, help="the paper's m")
+    add("--window", type=whole, default=1, help="minibatches that take turns")
+    add("--eps", type=radius, default="4/255", help="linf radius, pixels in [0, 1]")
+    add("--passes", type=whole, default=90, help="natural passes over the data: the cost")
+    add("--batch-size", type=whole, default=256, help="of each rank")
     add("--lr", type=float, default=0.1, help="peak for 256 images an update, scaled linearly")
-    add("--optimizer", default="sgd", choices=["sgd", "adamw"])
+    add("--optimizer", default="sgd", choices=["sgd", "adamw"], help="that of the weights")
     add("--momentum", type=float, default=0.9, help="of SGD")
-    add("--weight-decay", type=float, default=1e-4)
-    add("--schedule", default="cosine", choices=["cosine", "step"])
+    add("--weight-decay", type=float, default=1e-4, help="on all weights")
+    add("--schedule", default="cosine", choices=["cosine", "step"], help="of --lr after the warmup")
     add("--warmup", type=float, default=5, help="passes in which the learning rate rises linearly")
-    add("--label-smoothing", type=float, default=0.0)
+    add("--label-smoothing", type=float, default=0.0, help="of the training loss")
     add("--ema", type=float, default=0.0, help="decay of the averaged weights; 0 for none")
-    add("--size", type=int, default=224, help="pixels a side")
-    add("--resize", type=int, help="shorter side before the centre crop, if not size * 256 // 224")
-    add("--amp", default="none", choices=["none", "bf16"])
-    add("--channels-last", action="store_true")
-    add("--compile", action="store_true")
+    add("--size", type=whole, default=224, help="pixels a side")
+    crop = "shorter side before the centre crop (default: size * 256 // 224)"
+    add("--resize", type=whole, help=crop)
+    add("--amp", default="none", choices=["none", "bf16"], help="autocast of the training")
+    add("--channels-last", action="store_true", help="memory layout of weights and images")
+    add("--compile", action="store_true", help="torch.compile the model")
     add("--fsdp", action="store_true", help="shard the model over the ranks instead of copying it")
-    add("--workers", type=int, default=8, help="of the loader, per rank")
-    add("--seed", type=int, default=0)
+    add("--workers", type=count, default=8, help="of the loader, per rank")
+    add("--seed", type=int, default=0, help="of weights, order, augmentation and random starts")
     add("--save-every", type=float, default=600, help="seconds between checkpoints")
-    add("--save-updates", type=int, default=0, help="updates between checkpoints, as well")
-    add("--log-every", type=int, default=50, help="updates between lines")
-    add("--eval-every", type=int, default=10, help="passes between looks at PGD-10; 0 for none")
-    add("--eval-images", type=int, default=1000, help="for these looks")
-    add("--autoattack", type=int, default=0, help="images to attack by AutoAttack at the end")
-    return parser.parse_args()
+    add("--save-updates", type=count, default=0, help="updates between checkpoints, as well")
+    add("--log-every", type=whole, default=50, help="updates between lines")
+    add("--eval-every", type=count, default=10, help="passes between looks at PGD-10; 0 for none")
+    add("--eval-images", type=whole, default=1000, help="for these looks")
+    add("--autoattack", type=count, default=0, help="images to attack by AutoAttack at the end")
+    args = parser.parse_args()
+    if args.dry_run:
+        for name, most in DRY.items():
+            setattr(args, name, min(getattr(args, name), most))
+    return args
 
 
 def run(args: argparse.Namespace, device: torch.device) -> None:
@@ -331,7 +387,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     cuda = training.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else None  # without the attacks to come
     count = len(training.data.val)
-    attacks: dict[int | str, int] = {10: count, 50: count}
+    attacks: dict[int | str, int] = training.short or {10: count, 50: count}
     if args.autoattack:
         attacks["autoattack"] = min(count, args.autoattack)
     accuracies = training.evaluate(attacks)
@@ -347,11 +403,24 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             "peak_memory": peak,
             "accuracies": accuracies,
             "history": training.history,
+            "curve": training.curve,
         }
         record["table"] = table(record)
         records.save(args.out / "weights.pt", weights)
         records.write(args.out / "result.json", record)
-        say(f"wrote {args.out / 'result.json'} and weights.pt, which has the names of timm")
+        draw(record, args.out / "curves.png")
+        if not args.dry_run:
+            say(
+                f"wrote {args.out / 'result.json'}, curves.png and weights.pt, which has the names of timm"
+            )
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Training loss, and accuracy at the looks, which have some images each, and at the end, on all of them."""
+    looks = [*record["history"], record["accuracies"][0]]
+    figure, axes = plots.plt.subplots(1, 2, figsize=(9, 3.4))
+    plots.learning(*axes, record["arguments"]["method"], record["curve"], looks)
+    plots.save(figure, path)
 
 
 def table(record: dict[str, Any]) -> list[str]:
@@ -365,14 +434,55 @@ def table(record: dict[str, Any]) -> list[str]:
     return [f"| {head} |", "| --- " * len(cells) + "|", f"| {' | '.join(cells)} |"]
 
 
+@contextlib.contextmanager
+def folder(args: argparse.Namespace) -> Iterator[None]:
+    """Make `--out`; in a dry run take a folder in it instead, and leave nothing of that."""
+    first, out, made = distributed.get_rank() == 0, args.out, not args.out.exists()
+    if args.dry_run:
+        args.out = out / "dry-run"
+        if first:
+            shutil.rmtree(args.out, ignore_errors=True)  # left by a kill
+        jobs.agree(0)  # it is gone
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"--out {args.out} cannot be made: {error.strerror}")
+    try:
+        yield
+    finally:
+        if args.dry_run and first:
+            shutil.rmtree(out if made else args.out)
+    if args.dry_run:
+        say("dry run: it went to its end, without AutoAttack, and nothing of it is kept")
+
+
+def where(out: Path) -> str:
+    """From where the same command would go on."""
+    last = out / "last.pt"
+    if not last.exists():
+        return "nothing was saved yet, and the same command starts anew"
+    return (
+        f"the same command goes on from update {records.load(last)['progress']['update']}, {last}"
+    )
+
+
 def main() -> None:
     args = parse()
     device = jobs.join()
     try:
-        sys.exit(run(args, device))
-    except SystemExit:  # of all ranks alike; on an error of one, the others could not follow
+        with folder(args):
+            run(args, device)
+    except KeyboardInterrupt:
+        say(f"Ctrl-C: stopped at once: {where(args.out)}")
+        sys.exit(128 + signal.SIGINT)
+    except SystemExit as end:  # of all ranks alike; on an error of one, the others could not follow
+        if isinstance(end.code, str):  # said once
+            if distributed.get_rank() == 0:
+                print(end.code, file=sys.stderr)
+            end.code = 1
         distributed.destroy_process_group()
         raise
+    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
