@@ -38,7 +38,7 @@ COUNTS = """\
     import atexit, json
     from collections import Counter
     counts, perturbation = Counter(), free._loop.delta
-    for name in ('perturb', 'ascend'):
+    for name in ('move', 'ascend'):
         def counted(*args, name=name, method=getattr(perturbation, name)):
             counts[name] += 1
             return method(*args)
@@ -115,7 +115,7 @@ def train(source, folder, tmp_path, options="", recipe=RECIPE):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     counts = json.loads(re.search("^COUNTS (.*)$", done.stdout, re.M)[1])
-    assert counts["ascend"] == counts["perturb"] == 2 * counts["length"]
+    assert counts["ascend"] == counts["move"] == 2 * counts["length"]
     assert counts["delta"] == pytest.approx(4)
     assert counts["finite"]
     assert counts["moved"]
