@@ -52,9 +52,8 @@ def train(args, name: str, seed: int) -> tuple[torch.nn.Module, float]:
     loader, _ = data(args.batch_size, seed)
     model, loss = network(), LOSSES[name]
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
-    start = "carry" if loss is None else "uniform"  # at delta = 0 the gap has no gradient
     m = 1 if name == "natural" else args.replays
-    free = FreeAdversarial(optimizer, eps=args.eps, replays=m, start=start)
+    free = FreeAdversarial(optimizer, eps=args.eps, replays=m)
     epochs = free.epochs(args.passes // 2 if name.endswith("half the passes") else args.passes)
     batches = loader if name == "natural" else free.replay(loader)
     updates = epochs * len(batches)
