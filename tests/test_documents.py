@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib.util
 import inspect
 import json
 import re
@@ -161,6 +162,16 @@ def of_text(names, folder):
     names["loader"] = [(torch.randint(20, (4, 5)), torch.arange(4) % 3) for _ in range(2)]
 
 
+def of_logging(names, folder):
+    first, held_out = dict(names), names["loader"]
+    of_the_trainer(names, folder)
+    classifier, data = names["model"], names["data"]
+    names |= first
+    of_lightning(names, folder)
+    names |= {"lightning": lightning, "transformers": transformers, "held_out": held_out}
+    names |= {"classifier": classifier, "data": data}
+
+
 def of_reliability(names, folder):
     loader = names["loader"]
     of_ranks(names, folder)  # torch.distributed.checkpoint wants a process group
@@ -174,6 +185,7 @@ SETTINGS = {
     "docs/guide/trainer.md": of_the_trainer,
     "docs/guide/distributed.md": of_ranks,
     "docs/guide/text.md": of_text,
+    "docs/guide/logging.md": of_logging,
     "docs/reliability.md": of_reliability,
 }
 # Excerpts from the middle of a script; tests/test_timm_script.py runs the script.
@@ -198,10 +210,69 @@ def names_for(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if p != "docs/tutorial.md" and blocks(p, "python")]
 )
+@pytest.mark.filterwarnings("ignore::UserWarning:lightning")  # few workers, short epochs
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")
 def test_the_python_of_a_page_runs_from_top_to_bottom(page, names_for, capsys):
     names = names_for(page)
     for block in blocks(page, "python"):
-        exec(block, names)
+        loggers = re.findall(r"import (wandb)|torch.utils.(tensorboard)", block)
+        if all(importlib.util.find_spec(one or two) for one, two in loggers):
+            exec(block, names)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:lightning")  # few workers, short epochs
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")
+def test_the_loggers_get_the_report_of_every_epoch(names_for):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    names = names_for("docs/guide/logging.md")
+    code = blocks("docs/guide/logging.md", "python")
+    exec(code[0], names)
+    assert len(names["logs"]) == 4
+    wanted = {f"free/{name}_{i}" for name in ("alignment", "edge", "loss") for i in range(4)}
+    assert wanted - {"free/alignment_0"} <= names["logs"][0].keys() <= wanted | {"clean", "robust"}
+    assert names["logs"][1].keys() == wanted | {"clean", "robust"}
+    exec(code[1], names)
+    written = events.EventAccumulator("runs/free").Reload()
+    assert [e.value for e in written.Scalars("free/edge_3")] == pytest.approx(
+        [numbers["free/edge_3"] for numbers in names["logs"]]
+    )
+    exec(code[3], names)
+    assert "free/alignment_3" in names["trainer"].callback_metrics
+    exec(code[4], names)
+    logged = [e for e in names["trainer"].state.log_history if "free/alignment_3" in e]
+    assert len(logged) == 2
+
+
+def test_all_replays_of_a_text_have_one_dropout_mask(names_for):
+    names = names_for("docs/guide/text.md")
+    dropout = names["model"].bert.embeddings.dropout
+    assert dropout.p > 0
+    masks = []
+    dropout.register_forward_hook(lambda module, args, out: masks.append(out == 0))
+    exec(blocks("docs/guide/text.md", "python")[0], names)
+    assert len(masks) == 8
+    for one, two in zip(masks, masks[1:], strict=False):
+        same = one is not masks[3]
+        assert torch.equal(one, two) == same
+
+
+def test_the_clean_loss_of_a_text_is_that_of_its_clean_embeddings(names_for, monkeypatch):
+    names = names_for("docs/guide/text.md")
+    first, second = blocks("docs/guide/text.md", "python")[:2]
+    seen = []
+    exec(first, names)
+    body = names["model"].bert.embeddings
+    body.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs.get("inputs_embeds")), with_kwargs=True
+    )
+    before = [names["embed"].weight.detach().clone()]
+    names["embed"].register_forward_hook(lambda module, args, out: before.append(out.detach()))
+    exec(second, names)
+    clean = [given for given in seen if given is not None]
+    assert len(clean) == 8
+    assert all((one - two).norm() > 0.05 for one, two in zip(clean, before[1:], strict=True))
+    words = names["loader"][0][0]
+    assert torch.equal(clean[0], torch.nn.functional.embedding(words, before[0]))
 
 
 def test_the_tutorial_runs_and_its_outputs_and_pictures_are_those_of_its_code(tmp_path, capsys):
