@@ -31,7 +31,7 @@ def mart(logits, clean_logits, y, weight=5.0):
     """A boosted cross-entropy on the perturbed images, and the gap, where the clean answer is unsure."""
     clean, attacked = (functional.log_softmax(z, 1) for z in (clean_logits, logits))
     rival = attacked.exp().scatter(1, y[:, None], 0).amax(1)
-    boosted = functional.nll_loss(attacked, y) - torch.log(1 - rival + 1e-6).mean()
+    boosted = functional.nll_loss(attacked, y) - torch.log(1 - rival + 1e-4).mean()
     gap = functional.kl_div(attacked, clean, reduction="none", log_target=True).sum(1)
     unsure = 1 - clean.exp().gather(1, y[:, None])[:, 0]
     return boosted + weight * (gap * unsure).mean()
@@ -81,7 +81,7 @@ def main() -> None:
     if args.dry_run:
         args.passes = args.replays = 2
         args.seeds = 1
-    torch.set_num_threads(1)  # the network is too small for several: they would wait for one another
+    torch.set_num_threads(1)  # several would wait for one another: the network is small
     threat = ThreatModel(args.eps)
     _, test = data(64, 0)
     train(args, "natural", 0)  # the first pass of a process is slow: let it not count

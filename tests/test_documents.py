@@ -4,6 +4,7 @@ import ast
 import functools
 import importlib.util
 import inspect
+import itertools
 import json
 import re
 import shutil
@@ -14,12 +15,14 @@ from pathlib import Path
 
 import accelerate
 import lightning
+import losses
 import pytest
 import timm
 import torch
 import transformers
 import tutorial
 from PIL import Image
+from sklearn.datasets import load_digits
 from timm.data import create_dataset
 from torch import distributed
 
@@ -207,9 +210,10 @@ def names_for(tmp_path, monkeypatch):
         distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    "page", [p for p in PAGES if p != "docs/tutorial.md" and blocks(p, "python")]
-)
+OWN = ["docs/tutorial.md", "docs/guide/finetune.md"]  # these have tests of their own
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p not in OWN and blocks(p, "python")])
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning")  # few workers, short epochs
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")
 def test_the_python_of_a_page_runs_from_top_to_bottom(page, names_for, capsys):
@@ -243,6 +247,39 @@ def test_the_loggers_get_the_report_of_every_epoch(names_for):
     assert len(logged) == 2
 
 
+def test_the_fine_tuning_of_a_pretrained_model_runs_from_a_folder_to_robust_weights(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    images, labels = load_digits(return_X_y=True)
+    for label in (0, 1):
+        for i, image in enumerate(images[labels == label][:24]):
+            file = (
+                tmp_path / "photographs" / ("train" if i < 16 else "val") / "ab"[label] / f"{i}.png"
+            )
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pixels = (image.reshape(8, 8) * 255 / 16).astype("uint8")
+            Image.fromarray(pixels).convert("RGB").resize((32, 32)).save(file)
+    script = "\n".join(blocks("docs/guide/finetune.md", "python"))
+    for old, new in {  # no network, a smaller model, fewer and smaller images
+        'create_model("resnet18", pretrained=True,': 'create_model("test_resnet", pretrained=False,',
+        "passes, eps = \"photographs\", 20,": "passes, eps = \"photographs\", 8,",
+        "num_workers=4": "num_workers=0",
+        "batch_size=64": "batch_size=16",
+        "config = timm.data.resolve_model_data_config(model)": (
+            "config = timm.data.resolve_model_data_config(model) | {'input_size': (3, 32, 32)}"
+        ),
+    }.items():
+        assert old in script
+        script = script.replace(old, new)
+    exec(script, names := {})
+    assert len(re.findall(r"epoch \d of 2: clean", capsys.readouterr().out)) == 2
+    assert names["free"].delta.abs().max() == pytest.approx(4 / 255)
+    assert names["schedule"].get_last_lr()[0] < 1e-3  # from 1e-2
+    plain = timm.create_model("test_resnet", num_classes=2)
+    plain.load_state_dict(torch.load("robust.pt", weights_only=True))
+
+
 def test_all_replays_of_a_text_have_one_dropout_mask(names_for):
     names = names_for("docs/guide/text.md")
     dropout = names["model"].bert.embeddings.dropout
@@ -251,9 +288,15 @@ def test_all_replays_of_a_text_have_one_dropout_mask(names_for):
     dropout.register_forward_hook(lambda module, args, out: masks.append(out == 0))
     exec(blocks("docs/guide/text.md", "python")[0], names)
     assert len(masks) == 8
-    for one, two in zip(masks, masks[1:], strict=False):
+    for one, two in itertools.pairwise(masks):
         same = one is not masks[3]
         assert torch.equal(one, two) == same
+
+
+def test_the_losses_of_the_guide_are_those_that_were_measured():
+    page = (ROOT / "docs/guide/losses.md").read_text(encoding="utf-8")
+    for function in (losses.trades, losses.mart):
+        assert inspect.getsource(function) in page
 
 
 def test_the_clean_loss_of_a_text_is_that_of_its_clean_embeddings(names_for, monkeypatch):
@@ -471,7 +514,9 @@ def test_the_figures_of_cifar10_in_the_text_are_those_of_the_file():
     assert f"[{free[2]} % under PGD-50]" in text
     assert f"natural training has {natural[2]} % and PGD-7, in {float(pgd7[0]):g} times" in text
     assert f"the time, {pgd7[2]} %" in text
-    assert f"There {free[1]} % where natural training has {natural[1]} % and PGD-7 {pgd7[1]} %" in text
+    assert (
+        f"There {free[1]} % where natural training has {natural[1]} % and PGD-7 {pgd7[1]} %" in text
+    )
 
 
 PUBLISHED = r"<!-- published:(?: https://\S+)+ -->\n(?:\|.*\n)+"
