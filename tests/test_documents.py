@@ -263,7 +263,7 @@ def test_the_fine_tuning_of_a_pretrained_model_runs_from_a_folder_to_robust_weig
     script = "\n".join(blocks("docs/guide/finetune.md", "python"))
     for old, new in {  # no network, a smaller model, fewer and smaller images
         'create_model("resnet18", pretrained=True,': 'create_model("test_resnet", pretrained=False,',
-        "passes, eps = \"photographs\", 20,": "passes, eps = \"photographs\", 8,",
+        'passes, eps = "photographs", 20,': 'passes, eps = "photographs", 8,',
         "num_workers=4": "num_workers=0",
         "batch_size=64": "batch_size=16",
         "config = timm.data.resolve_model_data_config(model)": (
@@ -291,6 +291,29 @@ def test_all_replays_of_a_text_have_one_dropout_mask(names_for):
     for one, two in itertools.pairwise(masks):
         same = one is not masks[3]
         assert torch.equal(one, two) == same
+
+
+def test_a_run_from_the_checkpoints_of_the_guide_goes_on_bit_equal_though_the_loader_shuffles(
+    names_for,
+):
+    (code,) = blocks("docs/guide/checkpoints.md", "python")
+
+    def start():
+        torch.manual_seed(0)
+        names = names_for("docs/guide/checkpoints.md")
+        names["model"].insert(1, torch.nn.Dropout(0.5))
+        images = torch.utils.data.TensorDataset(torch.rand(12, 3, 8, 8), torch.arange(12) % 10)
+        names["loader"] = torch.utils.data.DataLoader(images, 4, shuffle=True)
+        return names
+
+    exec(code, whole := start())
+    Path("last.pt").unlink()
+    exec(code.replace("free.epochs(16)", "1"), start())
+    exec(code, resumed := start())
+    assert whole["epoch"] == resumed["epoch"] == 2
+    assert torch.equal(whole["free"].delta, resumed["free"].delta)
+    for one, two in zip(whole["model"].parameters(), resumed["model"].parameters(), strict=True):
+        assert torch.equal(one, two)
 
 
 def test_the_losses_of_the_guide_are_those_that_were_measured():
