@@ -31,7 +31,6 @@ html_theme_options = {
     "dark_css_variables": {"code-font-size": "0.8rem"},
 }
 html_extra_path = ["CITATION.cff"]
-myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"

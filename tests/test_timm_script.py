@@ -26,18 +26,23 @@ IMPORT = "from free_adv import FreeAdversarial\n"
 RECIPE = """\
     free = FreeAdversarial(eps=4 / 255, replays=2, mean=data_config['mean'], std=data_config['std'],
                            accumulate=args.grad_accum_steps)
-    loader_train = free.replay(loader_train)
+    args.epochs, loader_train = free.epochs(args.epochs), free.replay(loader_train)
 """
 NAFLEX = """\
     free = FreeAdversarial(eps=4 / 255, replays=2, mean=data_config['mean'][0], std=data_config['std'][0],
                            accumulate=args.grad_accum_steps, key=(0, 'patches'))
-    loader_train = free.replay(loader_train)
+    args.epochs, loader_train = free.epochs(args.epochs), free.replay(loader_train)
 """
 # Nothing here changes what the script does: it counts, and says so when the script ends.
 COUNTS = """\
     import atexit, json
-    from tests.internals import buffers, counted
-    counts = counted(free)
+    from collections import Counter
+    counts, perturbation = Counter(), free._loop.delta
+    for name in ('move', 'ascend'):
+        def counted(*args, name=name, method=getattr(perturbation, name)):
+            counts[name] += 1
+            return method(*args)
+        setattr(perturbation, name, counted)
     step_, before_ = optimizer.step, [p.detach().clone() for p in model.parameters()]
     def counted_step(*args, **kwargs):
         counts['step'] += 1
@@ -91,7 +96,7 @@ def insert(source, recipe):
 
 OPTIONS = (
     "--device cpu --model test_resnet --img-size 32 --num-classes 3 --batch-size 4 --lr 0.01 "
-    "--epochs 2 --warmup-epochs 0 --workers 0 --log-interval 1 "
+    "--epochs 4 --warmup-epochs 0 --workers 0 --log-interval 1 "
 )
 
 
