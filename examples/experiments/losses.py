@@ -1,8 +1,8 @@
 """Free adversarial training with losses that have a clean part, on scikit-learn's handwritten digits.
 
-    python examples/losses.py
+    python examples/experiments/losses.py
 
-Trains the network of quickstart.py with Free on the cross-entropy, and on losses like those of TRADES and MART.
+Trains the network of compare.py with Free on the cross-entropy, and on losses like those of TRADES and MART.
 """
 
 import time
@@ -11,8 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from arguments import parser
-from quickstart import data, network
+from compare import data, network, parser
 from records import environment, write
 from torch.nn import functional
 from tqdm import tqdm
