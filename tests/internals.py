@@ -6,6 +6,19 @@ import itertools
 from unittest import mock
 
 from free_adv import delta as module
+from free_adv.batch import length
+
+__all__ = [
+    "SHAPES",
+    "ascents",
+    "buffers",
+    "counted",
+    "delta_of",
+    "keeping",
+    "leaf",
+    "length",
+    "rows",
+]
 
 SHAPES = module.SHAPES  # of how many sample shapes delta is kept
 

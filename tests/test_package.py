@@ -45,6 +45,12 @@ def test_no_setting_stands_in_both_pyproject_and_setup_cfg():
     assert not keys & {key for section in setup.sections() for key in setup[section]}
 
 
+def test_what_is_private_in_the_package_is_named_in_one_file_of_the_tests():
+    for file in (ROOT / "tests").glob("*.py"):
+        found = re.findall(r"\._loop\b|free_adv\.\w+ import", file.read_text(encoding="utf-8"))
+        assert not found or file.name in ("internals.py", Path(__file__).name), (file.name, found)
+
+
 def test_changelog_citation_and_version_agree():
     changelog = (ROOT / "docs/changelog.md").read_text(encoding="utf-8")
     assert f"## {free_adv.__version__}\n" in changelog

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from free_adv import FreeAdversarial
-from free_adv.batch import length
 from tests.helpers import free_for, loss_of
+from tests.internals import length
 from tests.reference import batches, network
 
 Pair = collections.namedtuple("Pair", "image label")
