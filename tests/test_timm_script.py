@@ -36,13 +36,8 @@ NAFLEX = """\
 # Nothing here changes what the script does: it counts, and says so when the script ends.
 COUNTS = """\
     import atexit, json
-    from collections import Counter
-    counts, perturbation = Counter(), free._loop.delta
-    for name in ('move', 'ascend'):
-        def counted(*args, name=name, method=getattr(perturbation, name)):
-            counts[name] += 1
-            return method(*args)
-        setattr(perturbation, name, counted)
+    from tests.internals import buffers, counted
+    counts = counted(free)
     step_, before_ = optimizer.step, [p.detach().clone() for p in model.parameters()]
     def counted_step(*args, **kwargs):
         counts['step'] += 1
