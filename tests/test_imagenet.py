@@ -292,12 +292,13 @@ def main(monkeypatch, capsys):
     def main(data, out, *options):
         words = ["imagenet.py", "--data", data, "--out", out, *COMMON.split(), *options]
         monkeypatch.setattr(sys, "argv", list(map(str, words)))
-        code = 0
+        code, told = 0, ""
         try:
             imagenet.main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
+        except SystemExit as end:  # with a text Python prints it and ends with 1
+            code, told = (1, end.code) if isinstance(end.code, str) else (end.code, "")
+        out, errors = capsys.readouterr()
+        return code, out, errors + told
 
     return main
 

@@ -475,11 +475,7 @@ def main() -> None:
     except KeyboardInterrupt:
         say(f"Ctrl-C: stopped at once: {where(args.out)}")
         sys.exit(128 + signal.SIGINT)
-    except SystemExit as end:  # of all ranks alike; on an error of one, the others could not follow
-        if isinstance(end.code, str):  # said once
-            if distributed.get_rank() == 0:
-                print(end.code, file=sys.stderr)
-            end.code = 1
+    except SystemExit:  # of all ranks alike; on an error of one, the others could not follow
         distributed.destroy_process_group()
         raise
     distributed.destroy_process_group()
