@@ -294,6 +294,14 @@ def test_all_replays_of_a_text_have_one_dropout_mask(names_for):
         assert torch.equal(one, two) == same
 
 
+def test_the_script_that_measured_the_losses_runs(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["losses.py", "--dry-run"])
+    threads = torch.get_num_threads()
+    losses.main()
+    torch.set_num_threads(threads)
+    assert len(re.findall(r"^\| Free, .*\d\.\d ± ", capsys.readouterr().out, re.M)) == 4
+
+
 def test_a_run_from_the_checkpoints_of_the_guide_goes_on_bit_equal_though_the_loader_shuffles(
     names_for,
 ):
