@@ -167,7 +167,7 @@ class FreeAdversarial:
 
     @property
     def last(self) -> bool:
-        """Whether the latest batch ends its group, so that the weights move: no time for DDP's `no_sync`."""
+        """Whether the latest batch ends its group, and the weights move with it (no time for `no_sync`)."""
         group = self._loop.group
         return group is not None and (not group.slots or group.latest is None or group.latest[1])
 

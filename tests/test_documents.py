@@ -7,6 +7,7 @@ import inspect
 import itertools
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -293,6 +294,14 @@ def test_all_replays_of_a_text_have_one_dropout_mask(names_for):
         assert torch.equal(one, two) == same
 
 
+def test_the_script_that_measured_the_losses_runs(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["losses.py", "--dry-run"])
+    threads = torch.get_num_threads()
+    losses.main()
+    torch.set_num_threads(threads)
+    assert len(re.findall(r"^\| Free, .*\d\.\d ± ", capsys.readouterr().out, re.M)) == 4
+
+
 def test_a_run_from_the_checkpoints_of_the_guide_goes_on_bit_equal_though_the_loader_shuffles(
     names_for,
 ):
@@ -356,6 +365,16 @@ def test_the_tutorial_runs_and_its_outputs_and_pictures_are_those_of_its_code(tm
     pictures = set(re.findall(r"\(tutorial/(\w+\.png)\)", page))
     assert {p.name for p in tmp_path.iterdir()} == pictures
     assert {p.name for p in (ROOT / "docs/tutorial").iterdir()} == pictures
+
+
+def test_the_notebook_is_the_tutorial_and_its_cells_are_the_code_that_ran(tmp_path):
+    page = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/tutorial.ipynb").read_text(encoding="utf-8")
+    assert text == runpy.run_path(str(ROOT / "docs/notebook.py"))["notebook"](page), (
+        "run python docs/notebook.py"
+    )
+    cells = ["".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
+    assert cells == [block.rstrip("\n") for block in blocks("docs/tutorial.md", "python")]
 
 
 def test_the_two_loops_of_the_tutorial_differ_by_its_diff():
@@ -456,7 +475,9 @@ def test_the_build_stops_if_a_public_name_is_not_in_the_api_page(tmp_path):
 
     assert build().returncode == 0
     page = docs / "api.md"
-    page.write_text(page.read_text(encoding="utf-8").replace("step, skip, epochs", "step, epochs"))
+    page.write_text(
+        page.read_text(encoding="utf-8").replace("skip, report, epochs", "report, epochs")
+    )
     assert "not in docs/api.md: free_adv.FreeAdversarial.skip" in (failed := build()).stderr
     assert failed.returncode != 0
 

@@ -81,13 +81,13 @@ def main() -> None:
         args.passes = args.replays = 2
         args.seeds = 1
     torch.set_num_threads(1)  # several would wait for one another: the network is small
-    threat = ThreatModel(args.eps)
+    threat, steps = ThreatModel(args.eps), 1 if args.dry_run else 40
     _, test = data(64, 0)
     train(args, "natural", 0)  # the first pass of a process is slow: let it not count
     rows = []
     for name in tqdm(LOSSES, leave=False):
         runs = [train(args, name, seed) for seed in range(args.seed, args.seed + args.seeds)]
-        found = [evaluate(model, test, threat, steps=40, progress=False) for model, _ in runs]
+        found = [evaluate(model, test, threat, steps=steps, progress=False) for model, _ in runs]
         row = {"loss": name, "seconds": [seconds for _, seconds in runs]}
         row |= {"clean": [100 * r.clean for r in found], "robust": [100 * r.robust for r in found]}
         rows.append(row)
