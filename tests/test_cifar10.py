@@ -508,7 +508,7 @@ def test_the_files_of_torchvision_are_read(name, classes, tmp_path, monkeypatch)
         assert names == ["a"]
 
 
-def test_many_methods_are_drawn_as_clean_against_robust_accuracy(tmp_path):
+def test_methods_of_one_cost_are_drawn_as_clean_against_robust_accuracy(tmp_path):
     runs = [
         {
             "label": f"Free, m={m}",
@@ -519,7 +519,7 @@ def test_many_methods_are_drawn_as_clean_against_robust_accuracy(tmp_path):
         }
         for m in range(9)
     ]
-    study.draw(runs, tmp_path / "study.png")
+    study.draw(runs, tmp_path / "study.png", "window")
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -2,9 +2,10 @@
 
     python examples/experiments/collapse.py --seeds 3 --json collapse.json --plot collapse.png
 
-A run has collapsed if its accuracy under PGD-20 ends below half of the best that it had. Candidate rules say
-"the alignment of the last replay has fallen below a share of the highest that it had"; the table has for each how
-many collapses it told of before or at the look that shows them, how early, and how many other runs it accused.
+A run has collapsed if its accuracy under PGD-20 ends below half of the best that it had, and that was 10 % or
+more. Candidate rules say "the alignment of the last replay has fallen below a share of the highest that it had";
+the table has for each how many collapses it told of before or at the look that shows them, how early, and how many
+other runs it accused.
 """
 
 import argparse
@@ -93,6 +94,8 @@ def collapse(curve: list[dict[str, Any]]) -> int | None:
     """The update of the look from which on the accuracy stays below half of its best; None if it does not end there."""
     best = max(row["robust"] for row in curve)
     below = None
+    if best < 0.1:
+        return None  # there was nothing to lose
     for row in reversed(curve):
         if row["robust"] >= best / 2:
             break
@@ -154,7 +157,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         robust = [row["robust"] for row in run["curve"]]
         return robust[-1] / max(*robust, 1e-9)
 
-    worst = min((r for r in runs if max(c["robust"] for c in r["curve"]) > 0.2), key=kept)
+    worst = min((r for r in runs if max(c["robust"] for c in r["curve"]) > 0.1), key=kept)
     figure, axes = plots.plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for cell, run in zip(axes, (worst, max(runs, key=kept)), strict=True):
         updates = [row["update"] for row in run["curve"]]

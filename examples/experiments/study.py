@@ -164,14 +164,24 @@ def attacks_of_all(runs: list[dict[str, Any]]) -> list[str]:
     names: dict[str, set[str]] = {}
     for r in runs:
         names.setdefault(r["label"], set()).update(a["name"] for a in r["results"])
-    return [a["name"] for a in runs[0]["results"] if all(a["name"] in m for m in names.values())]
+    found = [{a["name"]: a["robust"] for a in r["results"]} for r in runs]
+    alike = {  # the best weights are the last ones in every run
+        name
+        for name in found[0]
+        if name.endswith(" weights")
+        and all(r.get(name) == r.get(name.rsplit(", ", 1)[0]) for r in found)
+    }
+    return [
+        name for name in found[0] if all(name in m for m in names.values()) and name not in alike
+    ]
 
 
 def costs(runs: list[dict[str, Any]]) -> list[float]:
     """Training time relative to the first label with the same seed; on a CPU processor time, which other load spares."""
     clock = "cpu_seconds" if runs[0]["environment"]["machine"].endswith("CPU") else "seconds"
     base = {r["arguments"]["seed"]: r[clock] for r in runs if r["label"] == runs[0]["label"]}
-    return [r[clock] / base[r["arguments"]["seed"]] for r in runs]
+    usual = mean(base.values())  # for a seed that the first label has not been run with
+    return [r[clock] / base.get(r["arguments"]["seed"], usual) for r in runs]
 
 
 def spread(values: list[float]) -> str:
@@ -199,7 +209,7 @@ def table(runs: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def draw(runs: list[dict[str, Any]], path: Path) -> None:
+def draw(runs: list[dict[str, Any]], path: Path, study: str) -> None:
     """Accuracy, clean and under the first attack, with the cost: a mark a run."""
     attack, cost = attacks_of_all(runs)[0], costs(runs)
     rows = [
@@ -209,7 +219,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         if a["name"] == attack
     ]
     figure, axes = plots.plt.subplots(figsize=(7.5, 4))
-    if len({r["label"] for r in rows}) > 7:  # too many for a picture of cost
+    if study in BASES:  # all of one cost
         plots.clean_against_robust(axes, rows, attack)
         plots.save(figure, path)
         return
@@ -250,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
         chosen = {"rates": {label: scores for label, (_, scores) in rates.items() if scores}}
         write(args.json, {"study": args.study, **chosen, "runs": runs, "table": table(runs)})
     if args.plot:
-        draw(runs, args.plot)
+        draw(runs, args.plot, args.study)
     print("\n".join(table(runs)))
 
 
