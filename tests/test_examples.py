@@ -9,8 +9,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import collapse
 import pytest
 import torch.distributed.fsdp
+import variants
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -104,9 +106,32 @@ def test_the_comparison_has_a_row_for_each_method_a_record_and_a_picture(started
     assert {"torch", "machine", "commit"} <= record["environment"].keys()
 
 
+def test_a_study_of_collapse_says_what_each_threshold_would_have_told(tmp_path, capsys):
+    table, picture = tmp_path / "collapse.json", tmp_path / "collapse.png"
+    command = ["--passes", "8", "--looks", "2", "--seeds", "1", "--settings", "eps 0.15, m=4"]
+    threads = torch.get_num_threads()
+    collapse.main([*command, "--json", str(table), "--plot", str(picture)])
+    torch.set_num_threads(threads)
+    (run,) = json.loads(table.read_text())["runs"]
+    assert [row["update"] for row in run["curve"]] == [92, 184]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+    def made(*looks):
+        keys = "update", "robust", "alignment"
+        return [dict(zip(keys, (u, r, [0.0, a]), strict=True)) for u, r, a in looks]
+
+    falls = made((1, 0.3, 0.4), (2, 0.4, 0.1), (3, 0.1, 0.1), (4, 0.0, 0.1))
+    stays = made((1, 0.3, 0.4), (2, 0.1, 0.4), (3, 0.3, 0.4))
+    never = made((1, 0.05, 0.4), (2, 0.0, 0.1))
+    assert [collapse.collapse(curve) for curve in (falls, stays, never)] == [3, None, None]
+    assert [collapse.alarm(curve, 0.5) for curve in (falls, stays, never)] == [2, None, 2]
+    row = collapse.rules([{"curve": c} for c in (falls, stays, never)])[2 + 1]
+    assert row == "| 0.5 | 1 of 1 | 1 to 1 | 1 of 2 |"
+
+
 def test_the_variants_run(started):
     job, _ = started["experiments/variants.py", "--dry-run"].result()
-    assert len(re.findall(r"\d+\.\d ± ", job.stdout)) == 5, job.stderr
+    assert len(re.findall(r"\d+\.\d ± ", job.stdout)) == len(variants.VARIANTS), job.stderr
 
 
 @pytest.mark.parametrize(
