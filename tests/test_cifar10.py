@@ -143,6 +143,18 @@ def test_weights_that_are_the_last_and_the_best_are_attacked_once(data, tmp_path
     assert last["robust"] == best["robust"]
 
 
+def test_attacks_may_have_another_radius_than_training(data, tmp_path):
+    more = ["--test-eps", "2/255", "--norm-momentum", "0.02"]
+    run = begin(data, *more)
+    assert run.threat.eps == run.free.threat.eps == 8 / 255
+    norms = [m for m in run.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms
+    assert {m.momentum for m in norms} == {0.02}
+    (row,) = cifar10.main(arguments(data, tmp_path, *more))["results"]
+    assert row["threat"]["eps"] == 2 / 255
+    assert row["step_size"] == 0.5 / 255
+
+
 def test_the_toolboxes_are_compared_on_a_finished_run(undisturbed, data, tmp_path):
     out, _ = undisturbed
     table = tmp_path / "attacks.json"
@@ -539,6 +551,13 @@ def test_a_table_says_of_how_many_seeds_a_cell_is():
     runs += [record(m, 1, {"pgd": 0.5}) for m in ("natural", "free")]
     row = "| free | 2.00 | 50.0 ± 0.0 | 37.5 ± 17.7 | 12.5 (seeds: 1) |"
     assert study.table(runs)[3] == row
+    for r in runs:
+        r["results"] += [{**a, "name": f"{a['name']}, best weights"} for a in r["results"]]
+    assert study.attacks_of_all(runs) == ["pgd", "autoattack"]  # the best weights are the last
+    runs[0]["results"][-2]["robust"] = 0.3
+    assert study.attacks_of_all(runs) == ["pgd", "autoattack", "pgd, best weights"]
+    for r in runs:
+        r["results"] = [a for a in r["results"] if "best" not in a["name"]]
     runs[1]["results"].pop()  # no seed of this label has it
     assert "autoattack" not in study.table(runs)[0]
     for r in runs:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import plots
 import torch
@@ -91,6 +92,19 @@ def draw(path: Path, rows: list[dict], threat: ThreatModel, loader: DataLoader) 
     plots.predictions(right, models, x, y, "0123456789", threat, steps=40, deltas=False)
     right.suptitle(f"predictions, clean and attacked with eps {threat.eps:g}", fontsize="medium")
     plots.save(figure, path)
+
+
+def conclude(args: argparse.Namespace, found: Any, rows: list[dict], table: list[str]) -> None:
+    """Say what was measured over several seeds on the digits, and write it where `--json` says."""
+    print(
+        f"\ndigits, 360 test images, linf eps {args.eps:g}, PGD-40 with 1 random start, {args.passes} "
+        f"passes, {args.seeds} seeds, torch {torch.__version__}"
+    )
+    if args.json:
+        settings = {k: v for k, v in vars(args).items() if k != "json"}
+        attack = {"name": found.attack, "count": found.count, "threat": asdict(found.threat)}
+        made = {"arguments": settings, "environment": environment("cpu"), "attack": attack}
+        write(args.json, {**made, "rows": rows, "table": table})
 
 
 def main() -> None:

@@ -6,13 +6,11 @@ Trains the network of compare.py with Free on the cross-entropy, and on losses l
 """
 
 import time
-from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from compare import data, network, parser
-from records import environment, write
+from compare import conclude, data, network, parser
 from torch.nn import functional
 from tqdm import tqdm
 
@@ -101,15 +99,7 @@ def main() -> None:
         robust = f"{mean(row['robust']):.1f} ± {spread:.1f}"
         table.append(f"| {row['loss']} | {relative:.2f} | {mean(row['clean']):.1f} | {robust} |")
     print("\n".join(table))
-    print(
-        f"\ndigits, 360 test images, linf eps {args.eps:g}, PGD-40 with 1 random start, {args.passes} "
-        f"passes, {args.seeds} seeds, torch {torch.__version__}"
-    )
-    if args.json:
-        settings = {k: v for k, v in vars(args).items() if k != "json"}
-        attack = {"name": found[0].attack, "count": found[0].count, "threat": asdict(threat)}
-        made = {"arguments": settings, "environment": environment("cpu"), "attack": attack}
-        write(args.json, {**made, "rows": rows, "table": table})
+    conclude(args, found[0], rows, table)
 
 
 if __name__ == "__main__":

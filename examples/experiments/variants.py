@@ -5,13 +5,11 @@
 Trains the network of compare.py with Free as the library does it, and with one detail changed at a time.
 """
 
-from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from compare import data, network, parser
-from records import environment, write
+from compare import conclude, data, network, parser
 from torch.nn import functional
 from tqdm import tqdm
 
@@ -92,15 +90,7 @@ def main() -> None:
         table.append(f"{name:<36}{mean(clean):>8.1f}{mean(robust):>9.1f} ± {spread:.1f}")
     print(f"{'Free, m=' + str(args.replays):<36}{'clean':>8}{'PGD-40':>9}")
     print("\n".join(table))
-    print(
-        f"\ndigits, 360 test images, linf eps {args.eps:g}, PGD-40 with 1 random start, {args.passes} "
-        f"passes, {args.seeds} seeds, torch {torch.__version__}"
-    )
-    if args.json:
-        settings = {k: v for k, v in vars(args).items() if k != "json"}
-        attack = {"name": results[0].attack, "count": results[0].count, "threat": asdict(threat)}
-        made = {"arguments": settings, "environment": environment("cpu"), "attack": attack}
-        write(args.json, {**made, "rows": rows, "table": lines})
+    conclude(args, results[0], rows, lines)
 
 
 if __name__ == "__main__":
