@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from free_adv.checks import Loss, choice, count, masked, positive
+from free_adv.checks import Loss, choice, count, masked, positive, warn
 from free_adv.model import Model, labels, logits, undisturbed
 from free_adv.threat import ThreatModel
 
@@ -72,6 +71,7 @@ def pgd(
         True
     """
     steps, restarts = count("steps", steps), count("restarts", restarts)
+    demand(threat)
     size = 2.5 * threat.eps / steps if step_size is None else positive("step_size", step_size)
     choice("loss", loss, Loss)
     if generator is None:
@@ -90,7 +90,7 @@ def pgd(
             rival = torch.full_like(y_rest, restart)
             x_adv, flat = climb(model, rest, y_rest, threat, delta[left], steps, size, loss, rival)
             if restart == 0 and flat:
-                warnings.warn(masked(flat, len(x), *FLAT), stacklevel=2)
+                warn(masked(flat, len(x), *FLAT))
             if restarts == 1:
                 return x_adv
             with torch.no_grad():
@@ -143,6 +143,14 @@ def climb(
         threat.ascend(delta, grad, size)
         moved = threat.perturb(base, delta)
     return rounded(threat, x, moved), flat
+
+
+def demand(threat: Any) -> None:
+    """Refuse what is no threat model."""
+    if not isinstance(threat, ThreatModel):
+        raise TypeError(
+            f"threat must be a ThreatModel, such as free.threat or ThreatModel(eps=8/255), got {threat!r}"
+        )
 
 
 def rounded(threat: ThreatModel, x: Tensor, moved: Tensor) -> Tensor:

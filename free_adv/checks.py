@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 import warnings
 from collections.abc import Iterable
 from numbers import Real
@@ -22,7 +23,7 @@ FAR = 4.0  # how many widths of the bounds even a stray value may be away
 CURES = """\
 Each batch that replay() yields needs one backward pass through its input. Look for:
 - no backward pass before the next batch: call free.step(loss) or loss.backward() for every batch;
-- a forward pass under torch.no_grad(): move it out;
+- a forward pass under torch.no_grad(): move it out, and validate on the loader itself, not on its replay;
 - an input cut off from its graph (x.detach(), x.data, torch.tensor(x), Variable(x)): give the model x itself;
 - gradients asked for by torch.autograd.grad(loss, x): hand them on with x.backward(gx), or use loss.backward();
 - a loop that prefetches, or a wrapper round the replay that takes batches ahead: wrap it the other way,
@@ -38,7 +39,16 @@ Each batch that replay() yields needs one backward pass through its input. Look 
 LATE = """\
 this batch's time is over: delta has moved on, and a gradient would be lost. Look for:
 - a cycle or a cache round the replay: wrap it the other way, free.replay(itertools.cycle(loader));
+- two replays of one FreeAdversarial side by side, as in zip(): make an object for each;
 - a batch or an output that is kept for a later loss: keep x.detach()."""
+
+
+def warn(text: str) -> None:
+    """Warn at the line outside the package from which it was called."""
+    level, frame = 1, sys._getframe()
+    while (back := frame.f_back) and frame.f_globals.get("__package__") == __package__:
+        level, frame = level + 1, back
+    warnings.warn(text, stacklevel=level)
 
 
 def describe(x: Tensor) -> str:
@@ -112,7 +122,9 @@ def dense(x: Tensor, channels: int) -> None:
         )
 
 
-def inside(pixels: Tensor, bounds: tuple[float, float] | None, what: str) -> tuple[float, float]:
+def inside(
+    pixels: Tensor, bounds: tuple[float, float] | None, what: str, normalised: bool = False
+) -> tuple[float, float]:
     """Refuse pixels that are not finite, or that as a whole are not what `bounds` says; their range."""
     low, high = (float(v) for v in pixels.aminmax())
     if not math.isfinite(low) or not math.isfinite(high):
@@ -126,11 +138,17 @@ def inside(pixels: Tensor, bounds: tuple[float, float] | None, what: str) -> tup
     slack = 1e-2 * width  # half precision rounds, and mean and std are often rounded too
     outside = ((pixels < lowest - slack) | (pixels > highest + slack)).float().mean().item()
     if outside > STRAYS or low < lowest - FAR * width or high > highest + FAR * width:
+        named, cure = "", "If the loader normalises, pass its mean= and std="
+        if normalised:
+            named, cure = (
+                "undoing mean and std, ",
+                "See that they are those of the loader's Normalize",
+            )
         raise ValueError(
-            f"the input lies outside bounds {bounds}: {what} has {outside:.1%} of its values outside, "
-            f"observed range {low:.3g} to {high:.3g}. If the loader normalises, pass its "
-            "mean= and std=; if pixels are 0..255, divide them by 255; for any other range pass "
-            "bounds=(lowest, highest), with eps in the same units, or bounds=None"
+            f"the input lies outside bounds {bounds}: {named}{what} has {outside:.1%} of its values outside, "
+            f"observed range {low:.3g} to {high:.3g}. {cure}; "
+            "if pixels are 0..255, divide them by 255; for any other range pass bounds=(lowest, highest), with "
+            "eps in the same units; bounds=None is for input that has no range"
         )
     return low, high
 
@@ -155,7 +173,7 @@ def doubt(
     elif 0 < high - low < eps:
         odd = f"{range_}, and eps={eps:g} is more than that: give eps in the units of the input"
     if odd:
-        warnings.warn(odd, stacklevel=4)
+        warn(odd)
 
 
 def masked(still: int, samples: int, what: str, when: str) -> str:
@@ -175,7 +193,7 @@ def vanishing(grad: Tensor) -> None:
         still = int((zeros >= (0.1 if half else 1)).sum())
         if still >= len(grad) / 2:
             what = "zero in a tenth of its entries or more" if half else "zero"
-            warnings.warn(masked(still, len(grad), what, "in this replay"), stacklevel=2)
+            warn(masked(still, len(grad), what, "in this replay"))
 
 
 def numbers(name: str, value: Any) -> tuple[float, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from free_adv.attack import FLAT
-from free_adv.checks import Loss, choice, masked, positive
+from free_adv.attack import FLAT, demand
+from free_adv.checks import Loss, choice, masked, positive, warn
 from free_adv.checks import count as whole
 from free_adv.model import Model, modules
+from free_adv.replay import Replay
 from free_adv.rounds import autoattack, descents
 from free_adv.run import Attack, Round, Run
 from free_adv.threat import ThreatModel
@@ -50,13 +50,15 @@ class Evaluation:
         """For example `clean 84.30% robust 46.20% PGD steps=20 restarts=1  linf eps=8/255  10000 images`.
 
         Rows are as wide as one another, 80 columns, so that several printed in turn are a table. A long name,
-        and what each of several attacks has left standing, go on below.
+        bounds other than (0, 1), and what each of several attacks has left standing, go on below.
         """
         name, *more = textwrap.wrap(self.attack, 24) or [""]
         row = (
             f"clean {_percent(self.clean)} robust {_percent(self.robust)} {name:<24} "
             f"{self.threat.norm:<4} eps={_levels(self.threat.eps):<6} {self.count:>5} images"
         )
+        if self.threat.bounds != (0, 1):
+            more.append(f"bounds={self.threat.bounds}")
         if len(self.standing) > 1:
             more += [f"after {label}: {share:.2%}" for label, share in self.standing.items()]
         return "\n".join([row, *(" " * 27 + line for line in more)])
@@ -120,9 +122,9 @@ def evaluate(
         UserWarning: Images whose gradient is zero or not finite, so that PGD could not move them.
 
     Raises:
-        ValueError: The loader is empty or its batches are not `(x, y)`; the model returns no logits, or `y` are
+        ValueError: The loader is a replay, or empty, or its batches are not `(x, y)`; the model returns no logits, or `y` are
             no labels of its classes; an attack left the threat model.
-        TypeError: The model or an attack returns no tensor, or `y` are no whole numbers.
+        TypeError: `threat` is none, the model or an attack returns no tensor, or `y` are no whole numbers.
         RuntimeError: `sharded` without a process group, or under `torch.inference_mode`.
 
     Example:
@@ -132,6 +134,11 @@ def evaluate(
         >>> result.count, result.attack, result.robust <= result.clean
         (20, 'PGD steps=10 restarts=1', True)
     """
+    demand(threat)
+    if isinstance(loader, Replay):
+        raise ValueError(
+            "loader is a replay, made for training: evaluate on a loader of test images, not wrapped"
+        )
     if sharded and not (distributed.is_available() and distributed.is_initialized()):
         raise RuntimeError("sharded=True needs a process group: call init_process_group first")
     if isinstance(model, DistributedDataParallel):  # ranks may differ in their number of passes
@@ -164,7 +171,7 @@ def evaluate(
     run = Run(model, threat, rounds, autocast)
     run.over(loader, device, sharded, progress, name)
     if flat[0]:
-        warnings.warn(masked(flat[0], flat[1], *FLAT), stacklevel=2)
+        warn(masked(flat[0], flat[1], *FLAT))
     clean_mask, robust_mask = torch.cat(run.right), torch.zeros(run.count, dtype=torch.bool)
     robust_mask[torch.cat(run.standing)] = True
     fooled: dict[str, int] = {}

@@ -217,4 +217,4 @@ class FreeAdversarial:
         self._loop.clear()
 
     def __repr__(self) -> str:
-        return f"FreeAdversarial({self.threat}, replays={self._loop.replays})"
+        return f"FreeAdversarial({self.threat}, replays={self._loop.replays}, window={self._loop.window})"

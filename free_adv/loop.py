@@ -32,6 +32,7 @@ class Loop:
     scaler: GradScaler | None
     max_norm: float | None
     group: Group | None = None
+    stepped: bool = False  # whether `step` has moved the weights for the latest batch
     resumed: bool = False  # the group comes from a state and no iterator has begun it
     newest: object = None  # the iterator that may go on
     tally: Tally | None = None  # once a report was asked for

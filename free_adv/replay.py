@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from operator import length_hint
@@ -14,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from free_adv.batch import find, tensors
+from free_adv.checks import warn
 from free_adv.group import Group
 from free_adv.loop import Loop
 
@@ -44,19 +44,23 @@ class Replay:
         loop, loader = self._loop, self._loader
         if not self._warned and _unsharded(loader):
             self.__dict__["_warned"] = True
-            warnings.warn(
+            warn(
                 "every rank trains on all the data: this DataLoader is not split between the ranks of "
                 "the process group. Call replay() after accelerator.prepare, or give the DataLoader a "
-                "DistributedSampler; ignore this if the dataset itself is already split by rank",
-                stacklevel=2,
+                "DistributedSampler; ignore this if the dataset itself is already split by rank"
             )
         # If the loader raises here, nothing has changed.
         chunks = _chunks(iter(loader), loader, loop.accumulate * loop.window)
         ended = False  # Accelerate's flag, see below
         me = loop.open()
-        watch = None
-        if not loop.optimizers and "device" not in loop.told:  # the host's own: seen as it steps
-            watch = register_optimizer_step_pre_hook(lambda o, *_: _warn_of_far(loop, o))
+        if loop.resumed and loop.group and loop.group.todo and _plain(loader, RandomSampler):
+            warn(
+                f"the state was saved inside an epoch: the {loop.group.todo} replays that were left come first, and "
+                "then this shuffled DataLoader from its beginning, so that there are more updates than a schedule "
+                "expects. Save at the end of an epoch, or use a loader that resumes, such as torchdata's "
+                "StatefulDataLoader; ignore this if yours goes on where it was"
+            )
+        watch = register_optimizer_step_pre_hook(lambda optimizer, *_: _watch(loop, optimizer))
         try:
             while True:
                 if (group := loop.group) is None:
@@ -79,7 +83,7 @@ class Replay:
                     batch = group.next()
                     if ended:  # for Accelerate, only the last replay is that of the last batch
                         loader.end_of_dataloader = not group.todo
-                    loop.resumed = False
+                    loop.resumed = loop.stepped = False
                     yield batch
                     if loop.newest is not me:
                         raise RuntimeError(
@@ -92,8 +96,7 @@ class Replay:
                 else:
                     loop.leave()
         finally:
-            if watch is not None:
-                watch.remove()
+            watch.remove()
             if loop.newest is me:
                 loop.newest = None
 
@@ -117,6 +120,18 @@ def _chunks(batches: Iterator[Any], loader: Any, size: int) -> Iterator[list[Any
         yield chunk
 
 
+def _watch(loop: Loop, optimizer: Any) -> None:
+    """See an optimizer about to step, whoever asked it to."""
+    if not loop.optimizers:
+        _warn_of_far(loop, optimizer)
+    elif loop.stepped and optimizer in loop.optimizers and "twice" not in loop.told:
+        loop.told.add("twice")
+        warn(
+            "the optimizer steps again after free.step(loss), which has moved the weights already: leave out "
+            "optimizer.step(), zero_grad() and loss.backward(); ignore this if it is an update of your own"
+        )
+
+
 def _warn_of_far(loop: Loop, optimizer: Any) -> None:
     """Tell once if delta and its gradient cross from the host to the weights' device in each replay."""
     if "device" in loop.told or loop.group is None or not loop.group.inputs:
@@ -125,11 +140,10 @@ def _warn_of_far(loop: Loop, optimizer: Any) -> None:
     here = loop.group.inputs[0][0][2].device
     there = next((p.device for g in optimizer.param_groups for p in g["params"]), here)
     if here.type == "cpu" != there.type:
-        warnings.warn(
+        warn(
             f"the batches are on the CPU and the weights on {there}, so that delta and its gradient cross "
             f"between them in every replay: pass FreeAdversarial(..., device={str(there)!r}), which moves "
-            "each batch once",
-            stacklevel=3,
+            "each batch once"
         )
 
 
@@ -145,23 +159,29 @@ def _warn_of_others(loop: Loop, group: Group, batches: list[Any]) -> None:
             if "key" in loop.told:
                 return
             loop.told.add("key")
-            warnings.warn(
+            warn(
                 f"the batch holds a tensor like its input at {path}, which stays as it is: if it is an input "
-                "too, such as a second view, name both, as in key=[0, 1]; ignore this if it is a target",
-                stacklevel=3,
+                "too, such as a second view, name both, as in key=[0, 1]; ignore this if it is a target"
             )
 
 
-def _unsharded(loader: Any) -> bool:
-    """Whether there are several ranks, and nothing but a dataset of its own could give each its share."""
+def _plain(loader: Any, *samplers: type) -> bool:
+    """Whether it is a DataLoader of torch's own, with one of these samplers."""
     # Beside a batch sampler of the user's, the loader's own `sampler` says nothing.
     batches = getattr(loader, "batch_sampler", None)
     sampler = getattr(loader if batches is None else batches, "sampler", None)
     return (
-        distributed.is_available()
-        and distributed.is_initialized()
-        and distributed.get_world_size() > 1
-        and type(loader) is DataLoader
-        and type(sampler) in (RandomSampler, SequentialSampler)
+        type(loader) is DataLoader
+        and type(sampler) in samplers
         and type(batches) in (BatchSampler, type(None))
+    )
+
+
+def _unsharded(loader: Any) -> bool:
+    """Whether there are several ranks, and nothing but a dataset of its own could give each its share."""
+    many = distributed.is_available() and distributed.is_initialized()
+    return (
+        many
+        and distributed.get_world_size() > 1
+        and _plain(loader, RandomSampler, SequentialSampler)
     )

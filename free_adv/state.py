@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, distributed
 
 from free_adv.batch import move, rebuilt, tensors
-from free_adv.checks import describe
+from free_adv.checks import describe, warn
 from free_adv.delta import Delta
 from free_adv.group import Group
 from free_adv.loop import Loop
@@ -53,11 +52,10 @@ def load(loop: Loop, state: Any) -> None:
     loop.group, loop.resumed = group, group is not None
     if state["rank"] != _rank():
         (theirs, of_theirs), (mine, of_mine) = state["rank"], _rank()
-        warnings.warn(
+        warn(
             f"the state is that of rank {theirs} of {of_theirs}, but this is rank {mine} of {of_mine}, "
             "whose delta and minibatch in flight were others: save the state of each rank in a file of "
-            "its own; ignore this if the number of ranks has changed on purpose",
-            stacklevel=3,
+            "its own; ignore this if the number of ranks has changed on purpose"
         )
 
 

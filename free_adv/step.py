@@ -24,8 +24,12 @@ def step(loop: Loop, loss: Tensor) -> None:
     group = loop.settle()
     waiting = [i for i, slot in enumerate(group.slots) if slot.waits] if group else []
     if group is None or not waiting:
+        made = group is not None and group.past
         raise RuntimeError(
-            "step() expects one call for each batch of replay(): call it once inside "
+            "step() makes the backward pass itself, and that of this batch is made: leave out loss.backward(), or "
+            "the second call of step()"
+            if made
+            else "step() expects one call for each batch of replay(): call it once inside "
             "`for x, y in free.replay(loader):`"
         )
     scalar("loss", loss)
@@ -55,6 +59,7 @@ def step(loop: Loop, loss: Tensor) -> None:
     if loop.tally is not None:
         loop.tally.loss(turn, loss)
     if ends:
+        loop.stepped = True
         group.take_in(loop.tally)
 
 

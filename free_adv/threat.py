@@ -26,8 +26,7 @@ class ThreatModel:
         norm: "linf" (every pixel moves by at most `eps`) or "l2" (so does the Euclidean norm of each
             sample's perturbation).
         bounds: Lowest and highest valid pixel; None for inputs without a range.
-        mean: Mean that the loader has subtracted, per channel (dimension 1) or one number for all.
-            None if the loader does not normalise.
+        mean: Mean that the loader has subtracted, per channel (dimension 1) or for all; None if none was.
         std: Standard deviation that the loader has divided by, given together with `mean`.
 
     Raises:
@@ -179,7 +178,8 @@ class ThreatModel:
         """
         dense(x, 1 if self.mean is None else len(self.mean))
         if values and x.numel() and x.device.type != "meta":
-            seen = inside(self.to_pixels(x.detach()), self.bounds, describe(x))
+            pixels = self.to_pixels(x.detach())
+            seen = inside(pixels, self.bounds, describe(x), self.std is not None)
             if doubts and x.numel() >= 100:
                 doubt(x.detach(), seen, self.bounds, self.eps if self.norm == "linf" else 0.0)
 

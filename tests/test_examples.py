@@ -39,7 +39,7 @@ DRY_RUNS = [
     (r"processes=1 epochs=2:", "with_accelerate.py", "--cpu", "--out", "FOLDER"),
     (r"processes=2 epochs=2:", *TORCHRUN, "with_accelerate.py", "--cpu", "--accumulate", "2"),
     (r"updates=3:", "with_trainer.py", "--accumulate", "2"),
-    (r"natural .*\nfree", "with_text.py"),
+    (r"natural .*\n.*bounds=None\nfree", "with_text.py"),
     (r"updates=2:", "with_ignite.py"),
     (r"updates=2:", "with_fastai.py"),
     (r"ranks=2 updates=2 fsdp=False:", *TORCHRUN, "with_ddp.py"),

@@ -1,10 +1,13 @@
 """Misuse is refused, with what was wrong and its cure."""
 
+import warnings
+
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from free_adv import FreeAdversarial
+from free_adv import FreeAdversarial, ThreatModel, evaluate, pgd
 from tests.helpers import free_for, loss_of
 from tests.reference import batches, network
 
@@ -80,7 +83,7 @@ def test_step_out_of_order_says_what_was_expected():
         free.step(loss)
     for x, y in free.replay(batches((4,))):
         free.step(loss_of(model, x, y))
-        with pytest.raises(RuntimeError, match="call it once inside"):
+        with pytest.raises(RuntimeError, match=r"leave out loss.backward\(\), or the second call"):
             free.step(loss)
     with pytest.raises(RuntimeError, match="call it once inside"):
         free.step(loss)
@@ -156,3 +159,126 @@ def test_what_is_no_loader_is_refused():
         free.replay(3)
     with pytest.raises(ValueError, match="replay already"):
         free.replay(free.replay([]))
+
+
+def test_an_optimizer_that_steps_again_after_step_is_told_once():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    free = FreeAdversarial(optimizer, eps=0.1)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for x, y in free.replay(batches()):
+            free.step(loss_of(model, x, y))
+            optimizer.step()
+    assert [str(w.message)[:47] for w in told] == [
+        "the optimizer steps again after free.step(loss)"
+    ]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_optimizer_that_steps_where_it_should_is_not_told(accumulate):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    other = torch.optim.SGD(network().parameters(), 0.1)
+    free = FreeAdversarial(optimizer, eps=0.1, accumulate=accumulate)
+    for x, y in free.replay(batches()):
+        free.step(loss_of(model, x, y))
+        other.step()
+    for x, y in free.replay(batches()):  # a loop with a backward pass of its own
+        loss_of(model, x, y).backward()
+        if free.last:
+            optimizer.step()
+            optimizer.zero_grad()
+    optimizer.step()
+
+
+def images():
+    return TensorDataset(torch.rand(12, *batches()[0][0].shape[1:]), torch.arange(12) % 4)
+
+
+def stopped_after_three_replays():
+    model = network()
+    free = free_for(model)
+    for i, (x, y) in enumerate(free.replay(DataLoader(images(), 4))):
+        free.step(loss_of(model, x, y))
+        if i == 2:
+            return free.state_dict()
+
+
+def gone_on(state, loader):
+    model = network()
+    free = free_for(model)
+    free.load_state_dict(state)
+    count = 0
+    for x, y in free.replay(loader):
+        free.step(loss_of(model, x, y))
+        count += 1
+    return count
+
+
+def test_a_state_of_mid_epoch_and_a_shuffled_loader_that_begins_again_are_told():
+    state = stopped_after_three_replays()
+    with pytest.warns(UserWarning, match="the 1 replays that were left come first") as told:
+        assert gone_on(state, DataLoader(images(), 4, shuffle=True)) == 13
+    assert told[0].filename == __file__
+
+
+def test_a_state_of_mid_epoch_is_not_told_where_the_loader_may_go_on():
+    state = stopped_after_three_replays()
+    assert gone_on(state, DataLoader(Subset(images(), range(4, 12)), 4)) == 9
+    assert gone_on(state, []) == 1
+
+
+def test_evaluate_and_pgd_say_what_a_threat_model_is():
+    model, (x, y) = network(), batches()[0]
+    for threat in (8 / 255, free_for(model)):
+        with pytest.raises(
+            TypeError, match=r"such as free.threat or ThreatModel\(eps=8/255\), got"
+        ):
+            evaluate(model, [(x, y)], threat)
+        with pytest.raises(TypeError, match="threat must be a ThreatModel"):
+            pgd(model, x, y, threat)
+
+
+def test_evaluate_refuses_a_replay_of_its_loader():
+    model = network()
+    free = free_for(model)
+    with pytest.raises(ValueError, match="loader is a replay, made for training"):
+        evaluate(model, free.replay(batches()), free.threat)
+
+
+def test_a_row_tells_of_bounds_that_are_not_those_of_images():
+    model, (x, y) = network(), batches()[0]
+    rows = {
+        bounds: str(evaluate(model, [(x * scale, y)], ThreatModel(0.1, bounds=bounds), steps=1))
+        for bounds, scale in (((0, 1), 1), ((0, 255), 255), (None, 1))
+    }
+    assert "bounds" not in rows[0, 1]
+    assert rows[0, 255].endswith("\n" + " " * 27 + "bounds=(0.0, 255.0)")
+    assert rows[None].endswith("bounds=None")
+
+
+def test_mean_and_std_that_are_not_the_loaders_are_told_apart_from_those_forgotten():
+    x = (torch.rand(4, *batches()[0][0].shape[1:]) - 0.5) / 0.1
+    free = FreeAdversarial(eps=0.1, mean=0.5, std=0.3)
+    with pytest.raises(ValueError, match=r"undoing mean and std.*those of the loader's Normalize"):
+        next(iter(free.replay([(x, torch.arange(4))])))
+    with pytest.raises(ValueError, match="If the loader normalises, pass its mean= and std="):
+        next(iter(FreeAdversarial(eps=0.1).replay([(x, torch.arange(4))])))
+
+
+def test_two_replays_of_one_object_side_by_side_are_told_to_be_two_objects():
+    model = network()
+    free = free_for(model)
+    with pytest.raises(RuntimeError, match="make an object for each"):
+        for (x, y), (x2, y2) in zip(free.replay(batches()), free.replay(batches()), strict=True):
+            (loss_of(model, x, y) + loss_of(model, x2, y2)).backward()
+
+
+def test_a_warning_points_at_the_line_outside_the_package():
+    model, x = network(), torch.rand(40, *batches()[0][0].shape[1:])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        evaluate(model, [(x, torch.arange(40) % 4)], ThreatModel(0.1, mean=0.5, std=0.5), steps=1)
+        next(iter(FreeAdversarial(eps=0.1, mean=0.5, std=0.5).replay([(x, torch.arange(40))])))
+    assert [w.filename for w in told] == [__file__] * 2
