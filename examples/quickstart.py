@@ -59,7 +59,7 @@ for _ in range(free.epochs(24)):  # 3
 robust = model
 
 threat = ThreatModel(eps=0.15)
-print(f"{'':<10}{'clean':>7}{'PGD-20':>9}")
+print(f"{'':<10}{'clean':>7}{'PGD-20':>9}   eps 0.15")
 for name, model in (("natural", natural), ("Free", robust)):
     found = evaluate(model, test_loader, threat, steps=20, progress=False)
     print(f"{name:<10}{found.clean:>7.1%}{found.robust:>9.1%}")
@@ -74,6 +74,6 @@ for row, name, model in zip(rows, ("natural", "Free"), (natural, robust), strict
         cell.set(xticks=[], yticks=[])
         cell.set_title(int(guess), color="black" if guess == truth else "red")
     row[0].set_ylabel(name)
-figure.suptitle("attacked digits, and what each network takes them for")
+figure.suptitle("attacked digits, and what each network takes them for (red: wrong)")
 figure.savefig("quickstart.png")
 print("picture: quickstart.png")

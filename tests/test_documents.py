@@ -265,7 +265,7 @@ def test_the_fine_tuning_of_a_pretrained_model_runs_from_a_folder_to_robust_weig
     for old, new in {  # no network, a smaller model, fewer and smaller images
         'create_model("resnet18", pretrained=True,': 'create_model("test_resnet", pretrained=False,',
         'passes, eps = "photographs", 20,': 'passes, eps = "photographs", 8,',
-        "num_workers=4": "num_workers=0",
+        "num_workers=2": "num_workers=0",
         "batch_size=64": "batch_size=16",
         "config = timm.data.resolve_model_data_config(model)": (
             "config = timm.data.resolve_model_data_config(model) | {'input_size': (3, 32, 32)}"
@@ -482,17 +482,30 @@ def test_the_build_stops_if_a_public_name_is_not_in_the_api_page(tmp_path):
     assert failed.returncode != 0
 
 
-@pytest.mark.parametrize(("i", "name"), [(0, "schedule"), (1, "warmup")])
-def test_the_schedules_of_the_guide_make_the_same_way_with_replays_as_without(i, name):
+@pytest.mark.parametrize(
+    ("i", "name", "epochs"), [(0, "schedule", 16), (1, "schedule", 200), (2, "warmup", 16)]
+)
+def test_the_schedules_of_the_guide_make_the_same_way_with_replays_as_without(i, name, epochs):
     ends = []
     for side in "-+":
-        names = reader() | {"epochs": 16}
+        names = reader() | {"epochs": epochs}
         run(blocks("docs/guide/schedules.md", "diff")[i], side, names)
         ends.append((names[name].get_last_lr()[0], names[name].last_epoch))
     (rate, _), (mine, _) = ends
     assert mine == pytest.approx(rate, abs=1e-9)
+    if epochs == 200:
+        assert mine == pytest.approx(0.1 * 0.1**2)
     if name == "warmup":
         assert [steps for _, steps in ends] == [10, 10]  # five epochs of two batches
+
+
+def test_the_schedule_of_the_page_about_accumulation_reaches_its_end():
+    (code,) = blocks("docs/guide/accumulation.md", "python")
+    for batches in (4, 5):  # the last group is full, or short
+        names = reader()
+        names["loader"] = names["loader"] * 2 + names["loader"][: batches - 4]
+        exec(code, names)
+        assert names["schedule"].get_last_lr()[0] < 1e-3  # from 0.1
 
 
 def test_each_command_of_the_readme_is_one_line_from_install_to_run():
@@ -597,7 +610,7 @@ def test_every_committed_result_and_picture_is_in_a_page():
 
 def test_the_ranges_over_seeds_in_the_text_are_those_of_the_files():
     text = re.sub(r"\s+", " ", (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8"))
-    files = [ROOT / "docs" / "benchmarks" / f"quickstart-{seed}.json" for seed in range(3)]
+    files = [ROOT / "docs" / "benchmarks" / f"comparison-{seed}.json" for seed in range(3)]
     rows = [json.loads(f.read_text(encoding="utf-8"))["rows"] for f in files]
     for method, key, scale, digits, phrase in (
         ("free", "clean", 100, 1, "{} to {} % clean"),

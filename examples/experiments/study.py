@@ -28,6 +28,7 @@ JUDGED = (
 )
 FREE = "--method free --replays"
 TURNS = f"{FREE} 8 --window 8"
+EPS_8 = "--test-eps 8/255"
 BOTH = "--label-smoothing 0.1 --ema 0.999"
 QUICK = "--attacks pgd-50"
 TUNE = f"--passes 5 --lr 0.05 --looks 5 {QUICK}"
@@ -80,13 +81,20 @@ STUDIES: dict[str, dict[str, str]] = {
         "with both": f"{TURNS} {BOTH}",
         "with a step of 0.75 eps": f"{TURNS} --step-size 6/255",
         "with a step of 0.5 eps": f"{TURNS} --step-size 4/255",
+        "with a step of 1.5 eps": f"{TURNS} --step-size 12/255",
+        "with a step of 2 eps": f"{TURNS} --step-size 16/255",
         "with batch norm's momentum over m": f"{TURNS} --norm-momentum 0.0125",
-        "trained with eps 10/255": f"{TURNS} --eps 10/255 --test-eps 8/255",
+        **{f"trained with eps {e}/255": f"{TURNS} --eps {e}/255 {EPS_8}" for e in (9, 10)},
+        "N-FGSM, half the passes, eps 6/255": f"--method n-fgsm --passes 15 --eps 6/255 {EPS_8}",
     },
     "wide": {
         "natural": "--method natural",
         **{f"Free, m=8, W={w}": f"{FREE} 8 --window {w}" for w in (1, 8)},
         "Free, m=8, W=8, smoothed, averaged": f"{TURNS} {BOTH}",
+        "Free, m=8, W=8, eps 9/255": f"{TURNS} --eps 9/255 {EPS_8}",
+        "Free, m=8, W=16, eps 9/255, smoothed": (
+            f"{FREE} 8 --window 16 --eps 9/255 {EPS_8} --label-smoothing 0.1"
+        ),
         "N-FGSM, half the passes": "--method n-fgsm --passes 12",
         "N-FGSM, half the passes, smoothed, averaged": f"--method n-fgsm --passes 12 {BOTH}",
     },
