@@ -124,7 +124,7 @@ def evaluate(
     Raises:
         ValueError: The loader is a replay, or empty, or its batches are not `(x, y)`; the model returns no logits, or `y` are
             no labels of its classes; an attack left the threat model.
-        TypeError: `threat` is none, the model or an attack returns no tensor, or `y` are no whole numbers.
+        TypeError: `threat` is no ThreatModel, the model or an attack returns no tensor, or `y` are no whole numbers.
         RuntimeError: `sharded` without a process group, or under `torch.inference_mode`.
 
     Example:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from free_adv.tally import Tally
 @dataclasses.dataclass
 class Loop:
     """What a `FreeAdversarial` shares with its iterators and its module."""
+
+    moving: ClassVar[bool] = False  # whether a `step`, of any loop, is at the optimizers
 
     delta: Delta
     replays: int

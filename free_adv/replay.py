@@ -49,18 +49,20 @@ class Replay:
                 "the process group. Call replay() after accelerator.prepare, or give the DataLoader a "
                 "DistributedSampler; ignore this if the dataset itself is already split by rank"
             )
+        if loop.resumed and loop.group and _plain(loader, RandomSampler):
+            warn(
+                f"the state was saved inside an epoch: {loop.group.todo} replays that were left come first, and then "
+                "this shuffled DataLoader from its beginning, so that there are more updates than a schedule "
+                "expects. Save behind the loop, at the end of an epoch, or use a loader that resumes, such as "
+                "torchdata's StatefulDataLoader; ignore this if yours goes on where it was"
+            )
         # If the loader raises here, nothing has changed.
         chunks = _chunks(iter(loader), loader, loop.accumulate * loop.window)
         ended = False  # Accelerate's flag, see below
         me = loop.open()
-        if loop.resumed and loop.group and loop.group.todo and _plain(loader, RandomSampler):
-            warn(
-                f"the state was saved inside an epoch: the {loop.group.todo} replays that were left come first, and "
-                "then this shuffled DataLoader from its beginning, so that there are more updates than a schedule "
-                "expects. Save at the end of an epoch, or use a loader that resumes, such as torchdata's "
-                "StatefulDataLoader; ignore this if yours goes on where it was"
-            )
-        watch = register_optimizer_step_pre_hook(lambda optimizer, *_: _watch(loop, optimizer))
+        watch = None
+        if "steps" not in loop.told:  # of the first group, by whomever
+            watch = register_optimizer_step_pre_hook(lambda o, *_: _watch(loop, o))
         try:
             while True:
                 if (group := loop.group) is None:
@@ -95,8 +97,12 @@ class Replay:
                     loop.demand(group)
                 else:
                     loop.leave()
+                    loop.told.add("steps")
+                    if watch is not None:
+                        watch.remove()
         finally:
-            watch.remove()
+            if watch is not None:
+                watch.remove()
             if loop.newest is me:
                 loop.newest = None
 
@@ -124,8 +130,10 @@ def _watch(loop: Loop, optimizer: Any) -> None:
     """See an optimizer about to step, whoever asked it to."""
     if not loop.optimizers:
         _warn_of_far(loop, optimizer)
-    elif loop.stepped and optimizer in loop.optimizers and "twice" not in loop.told:
-        loop.told.add("twice")
+    elif (
+        loop.stepped and not (Loop.moving or "steps" in loop.told) and optimizer in loop.optimizers
+    ):
+        loop.told.add("steps")
         warn(
             "the optimizer steps again after free.step(loss), which has moved the weights already: leave out "
             "optimizer.step(), zero_grad() and loss.backward(); ignore this if it is an update of your own"

@@ -24,7 +24,7 @@ def step(loop: Loop, loss: Tensor) -> None:
     group = loop.settle()
     waiting = [i for i, slot in enumerate(group.slots) if slot.waits] if group else []
     if group is None or not waiting:
-        made = group is not None and group.past
+        made = group is not None and (group.past or group.slots)
         raise RuntimeError(
             "step() makes the backward pass itself, and that of this batch is made: leave out loss.backward(), or "
             "the second call of step()"
@@ -48,7 +48,7 @@ def step(loop: Loop, loss: Tensor) -> None:
         if group.slots[index].waits:
             raise RuntimeError(f"the input received no gradient from this loss.\n{CURES}")
         if ends:
-            stepping = True
+            stepping = Loop.moving = True
             _move_weights(loop)
     except BaseException:  # the weights have not moved: this replay has not been made
         for slot in group.slots[: index + 1]:
@@ -56,6 +56,8 @@ def step(loop: Loop, loss: Tensor) -> None:
         if stepping and loop.scaler is not None:  # or it takes the next gradients for unscaled ones
             loop.scaler.update(loop.scaler.get_scale())
         raise
+    finally:
+        Loop.moving = False
     if loop.tally is not None:
         loop.tally.loss(turn, loss)
     if ends:

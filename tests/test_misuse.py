@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from torch.nn import functional
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from free_adv import FreeAdversarial, ThreatModel, evaluate, pgd
@@ -85,6 +86,11 @@ def test_step_out_of_order_says_what_was_expected():
         free.step(loss_of(model, x, y))
         with pytest.raises(RuntimeError, match=r"leave out loss.backward\(\), or the second call"):
             free.step(loss)
+    micro = free_for(model, accumulate=2)
+    x, y = next(iter(micro.replay(batches((4, 4)))))
+    loss_of(model, x, y).backward()
+    with pytest.raises(RuntimeError, match=r"leave out loss.backward\(\), or the second call"):
+        micro.step(loss)
     with pytest.raises(RuntimeError, match="call it once inside"):
         free.step(loss)
 
@@ -192,16 +198,38 @@ def test_an_optimizer_that_steps_where_it_should_is_not_told(accumulate):
     optimizer.step()
 
 
+def test_two_objects_that_share_an_optimizer_and_step_in_turn_are_not_told():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    one, two = (FreeAdversarial(optimizer, eps=0.1) for _ in range(2))
+    pairs = zip(one.replay(batches()), two.replay(batches()), strict=True)
+    for (x, y), (x2, y2) in pairs:
+        one.step(loss_of(model, x, y))
+        two.step(loss_of(model, x2, y2))
+
+
+def test_optimizers_are_watched_in_the_first_minibatch_and_no_longer():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for free in (FreeAdversarial(optimizer, eps=0.1), FreeAdversarial(eps=0.1)):
+        watched = []
+        for _ in range(2):
+            for x, y in free.replay(batches((4, 4))):
+                watched.append(len(_global_optimizer_pre_hooks))
+                loss_of(model, x, y).backward()
+        assert watched == [1] * 4 + [0] * 12
+
+
 def images():
     return TensorDataset(torch.rand(12, *batches()[0][0].shape[1:]), torch.arange(12) % 4)
 
 
-def stopped_after_three_replays():
+def stopped_after(replays):
     model = network()
     free = free_for(model)
     for i, (x, y) in enumerate(free.replay(DataLoader(images(), 4))):
         free.step(loss_of(model, x, y))
-        if i == 2:
+        if i + 1 == replays:
             return free.state_dict()
 
 
@@ -217,14 +245,17 @@ def gone_on(state, loader):
 
 
 def test_a_state_of_mid_epoch_and_a_shuffled_loader_that_begins_again_are_told():
-    state = stopped_after_three_replays()
-    with pytest.warns(UserWarning, match="the 1 replays that were left come first") as told:
-        assert gone_on(state, DataLoader(images(), 4, shuffle=True)) == 13
-    assert told[0].filename == __file__
+    for replays, left in ((3, 1), (4, 0)):
+        match = f"epoch: {left} replays that were left come first"
+        with pytest.warns(UserWarning, match=match) as told:
+            assert (
+                gone_on(stopped_after(replays), DataLoader(images(), 4, shuffle=True)) == 12 + left
+            )
+        assert told[0].filename == __file__
 
 
 def test_a_state_of_mid_epoch_is_not_told_where_the_loader_may_go_on():
-    state = stopped_after_three_replays()
+    state = stopped_after(3)
     assert gone_on(state, DataLoader(Subset(images(), range(4, 12)), 4)) == 9
     assert gone_on(state, []) == 1
 

@@ -428,7 +428,11 @@ def table(record: dict[str, Any]) -> list[str]:
     found = record["accuracies"]
     names = [f"{a['attack']}, {a['images']} images, %" for a in found]
     cells = [f"{100 * a['robust']:.1f}" for a in found]
-    cells = [record["arguments"]["method"], f"{record['seconds']:.0f}", *cells]
+    args = record["arguments"]
+    label = args["method"]
+    if label == "free":
+        label += f", m={args['replays']}, W={args['window']}"
+    cells = [label, f"{record['seconds']:.0f}", *cells]
     cells.insert(2, f"{100 * found[0]['clean']:.1f}")
     head = " | ".join(["method", "seconds", "clean %", *names])
     return [f"| {head} |", "| --- " * len(cells) + "|", f"| {' | '.join(cells)} |"]
