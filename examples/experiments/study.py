@@ -91,7 +91,6 @@ STUDIES: dict[str, dict[str, str]] = {
         "natural": "--method natural",
         **{f"Free, m=8, W={w}": f"{FREE} 8 --window {w}" for w in (1, 8)},
         "Free, m=8, W=8, smoothed, averaged": f"{TURNS} {BOTH}",
-        "Free, m=8, W=8, eps 10/255": f"{TURNS} --eps 10/255 {EPS_8}",
         "Free, m=8, W=16, eps 9/255, smoothed": (
             f"{FREE} 8 --window 16 --eps 9/255 {EPS_8} --label-smoothing 0.1"
         ),
