@@ -46,10 +46,8 @@ this batch's time is over: delta has moved on, and a gradient would be lost. Loo
 def warn(text: str) -> None:
     """Warn at the line outside this package, and outside of torch, from which it was called."""
     level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in (
-        "free_adv",
-        "torch",
-    ):
+    inner = ("free_adv.", "torch.")
+    while frame.f_back and f"{frame.f_globals.get('__name__')}.".startswith(inner):
         level, frame = level + 1, frame.f_back
     warnings.warn(text, stacklevel=level)
 

@@ -179,6 +179,7 @@ def test_an_optimizer_that_steps_again_after_step_is_told_once():
     assert [str(w.message)[:47] for w in told] == [
         "the optimizer steps again after free.step(loss)"
     ]
+    assert told[0].filename == __file__  # beyond torch's own frames
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
