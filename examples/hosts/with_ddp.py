@@ -13,6 +13,7 @@ import torch
 from arguments import parser
 from digits import network, test_set, train_set
 from torch import distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, Subset
@@ -67,9 +68,11 @@ def main() -> None:
             free.step(criterion(model(x), y))  # free-adv
             schedule.step()
 
-    # Every rank attacks the same images: weights in pieces need all ranks in each forward pass. Not through DDP,
-    # as gloo may abort a process that ends right behind a collective.
-    result = evaluate(net, DataLoader(test, len(test)), free.threat, steps=40, progress=rank == 0)
+    # Every rank attacks the same images, by a model in one piece: gloo may abort a process that ends right
+    # behind a collective.
+    whole = network().to(device)
+    whole.load_state_dict(get_model_state_dict(net, options=StateDictOptions(full_state_dict=True)))
+    result = evaluate(whole, DataLoader(test, len(test)), free.threat, steps=40, progress=rank == 0)
     if rank == 0:
         print(f"ranks={ranks} updates={updates} fsdp={args.fsdp}: {result}")
     distributed.destroy_process_group()
