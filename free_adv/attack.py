@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from free_adv.checks import Loss, choice, count, masked, positive, warn
+from free_adv.checks import Loss, choice, count, positive
+from free_adv.hints import masked, warn
 from free_adv.model import Model, labels, logits, undisturbed
 from free_adv.threat import ThreatModel
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from free_adv.checks import describe
 
 Path = tuple[int | str | EllipsisType, ...]
 
@@ -31,21 +35,30 @@ def find(batch: Any, path: Path) -> list[tuple[Path, Tensor]]:
 
     Raises:
         ValueError: There is nothing at that path.
-        TypeError: What is there is not a tensor.
+        TypeError: What is there is not a tensor of floating-point numbers.
     """
     found = _reach(batch, () if isinstance(batch, Tensor) and path == (0,) else path)
     if not found:
         raise ValueError(f"there is no {_name(path)} in the loader's batch; {_hint(batch)}")
     for _, value in found:
+        if _is_array(value):
+            raise TypeError(
+                f"the input at {_name(path)} must be a tensor, got a NumPy array; convert it before the replay, as in "
+                "torch.as_tensor(x) in the dataset or in collate_fn"
+            )
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"the input at {_name(path)} must be a tensor, got {type(value).__name__}; {_hint(batch)}"
+            )
+        if not value.is_floating_point():
+            raise TypeError(
+                f"the input must be floating point, got {describe(value)} at {_name(path)}; {_floats(batch, value)}"
             )
     return found
 
 
 def rebuilt(value: Any, new: Any = None) -> Any:
-    """`value` in fresh containers of the same types, its tensors cloned.
+    """`value` in fresh containers of the same types, its tensors and arrays cloned.
 
     Args:
         value: A batch or a part of it. It is never changed.
@@ -55,6 +68,8 @@ def rebuilt(value: Any, new: Any = None) -> Any:
         return new
     if isinstance(value, Tensor):
         return value.clone()
+    if _is_array(value):
+        return value.copy()
     new = new or {}
     if type(value) in (tuple, list):  # nearly every batch
         return type(value)([rebuilt(child, new.get(i)) for i, child in enumerate(value)])
@@ -98,9 +113,29 @@ def tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
         yield from tensors(child, (*path, key))
 
 
-def length(batch: Any) -> int:
-    """How many samples a batch has: the length of its first tensor, 1 if there is none."""
-    return next((t.size(0) if t.ndim else 1 for _, t in tensors(batch)), 1)
+def samples(batch: Any) -> int:
+    """How many samples a batch has: the length that most of its tensors have, the largest on a tie; else 1."""
+    lengths = Counter(t.size(0) for _, t in tensors(batch) if t.ndim)
+    return max(lengths, key=lambda n: (lengths[n], n), default=1)
+
+
+def piece(part: Tensor, whole: Tensor) -> tuple[int, int]:
+    """Which samples of `whole` the memory of `part` is, from and to behind: none, (0, 0), if it is no such piece."""
+    try:
+        part.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # XLA's: offsets say nothing
+        return 0, 0
+    same = part.untyped_storage() is whole.untyped_storage()
+    sample = whole[:1].numel() if whole.ndim else 0
+    if not same or not sample or part.dtype != whole.dtype:
+        return 0, 0
+    offset = int(part.storage_offset() - whole.storage_offset())
+    start, rest = divmod(offset, max(1, whole.stride(0)))
+    stop = start + part.numel() // sample
+    other = whole[start:stop]
+    if start < 0 or rest or part.numel() != other.numel() or _extent(part) != _extent(other):
+        return 0, 0
+    return start, stop
 
 
 def plain(t: Tensor) -> Tensor:
@@ -116,6 +151,17 @@ def dressed(t: Tensor, like: Tensor) -> Tensor:
     t = Tensor.as_subclass(t, type(like))
     t.__dict__.update({name: copy.copy(value) for name, value in vars(like).items()})
     return t
+
+
+def _is_array(value: Any) -> bool:
+    """Whether it is an array of NumPy, which need not be installed."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray)
+
+
+def _extent(t: Tensor) -> int:
+    """How far from its first element the last one lies in memory."""
+    return sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
 
 
 def _reach(batch: Any, path: Path) -> list[tuple[Path, Any]]:
@@ -188,6 +234,11 @@ def _like(value: Any, children: dict[Any, Any]) -> Any:
     return twin
 
 
+def named(path: Path) -> str:
+    """A path as a text of its own."""
+    return "".join("[...]" if k is ... else f"[{k!r}]" for k in path)
+
+
 def _name(path: Path) -> str:
     shown = ", ".join("..." if k is ... else repr(k) for k in path)
     return f"key={shown}" if len(path) == 1 else f"key=({shown})"
@@ -199,18 +250,29 @@ def _hint(batch: Any) -> str:
     if children is None:
         return what
     shown = ", ".join(f"{k!r}: {type(v).__name__}" for k, v in list(children.items())[:8])
-    place = next((path for path, t in tensors(batch) if t.is_floating_point()), None)
-    return f"{what} with {{{shown}}}; {_cure(batch, place)}"
+    path = next((path for path, t in tensors(batch) if t.is_floating_point()), None)
+    return f"{what} with {{{shown}}}; {_cure(batch, path)}"
 
 
-def _cure(batch: Any, place: Path | None) -> str:
-    """The key to pass for the input at `place`: never that of one element of a list of its like."""
-    if not place:
-        return "name its place with key="
-    every = place
-    for i in range(len(place)):
-        wider = (*every[:i], ..., *place[i + 1 :])
-        like = _reach(batch, wider) if i or (isinstance(batch, list) and place[1:]) else []
+def _floats(batch: Any, value: Tensor) -> str:
+    """What to do where the input is of whole numbers."""
+    images = "convert it before the replay (images: x.float() / 255, or ToDtype(torch.float32, scale=True))"
+    if value.dtype == torch.uint8 or value.ndim > 2:
+        return images
+    tokens = "for tokens perturb what they are embedded to: at=model.get_input_embeddings()"
+    like = (path for path, t in tensors(batch) if t.is_floating_point() and t.ndim > 1)
+    path = next(like, None)
+    return f"{_cure(batch, path)}; {tokens}" if path else f"{tokens}; or {images}"
+
+
+def _cure(batch: Any, path: Path | None) -> str:
+    """The key to pass for the input at `path`: never that of one element of a list of its like."""
+    if not path:
+        return "name its path with key="
+    every = path
+    for i in range(len(path)):
+        wider = (*every[:i], ..., *path[i + 1 :])
+        like = _reach(batch, wider) if i or (isinstance(batch, list) and path[1:]) else []
         if like and all(isinstance(t, Tensor) and t.is_floating_point() for _, t in like):
             every = wider
     several = (

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import sys
-import warnings
 from collections.abc import Iterable
 from numbers import Real
 from typing import Any, Literal, get_args
@@ -20,36 +18,37 @@ Loss = Literal["ce", "cw"]  # of PGD
 STRAYS = 0.1  # share of a batch that may lie outside the bounds (RandomErasing's noise, rounding)
 FAR = 4.0  # how many widths of the bounds even a stray value may be away
 
+OFF = """\
+Gradients are off here: a validation runs on the loader itself, `for x, y in loader`, not on its replay.
+"""
+
 CURES = """\
 Each batch that replay() yields needs one backward pass through its input. Look for:
 - no backward pass before the next batch: call free.step(loss) or loss.backward() for every batch;
 - a forward pass under torch.no_grad(): move it out, and validate on the loader itself, not on its replay;
 - an input cut off from its graph (x.detach(), x.data, torch.tensor(x), Variable(x)): give the model x itself;
-- gradients asked for by torch.autograd.grad(loss, x): hand them on with x.backward(gx), or use loss.backward();
+- the next batch taken between forward and backward pass: take it behind the backward pass;
+- gradients asked for by torch.autograd.grad(loss, ...), of x or of the weights: use loss.backward(), or ask for x's
+  as well and hand it on with x.backward(gx);
 - a loop that prefetches, or a wrapper round the replay that takes batches ahead: wrap it the other way,
   free.replay(wrapper), or replay inside the step, `for batch in free.replay([batch])`;
 - a cycle round the replay: free.replay(itertools.cycle(loader));
 - a batch left out on purpose, such as one that did not fit into memory: call free.skip() there;
+- batches passed over by `continue` in a run that goes on: free.load_state_dict brings what is left of the minibatch
+  in flight, and the loader itself has to go on behind it (torchdata's StatefulDataLoader);
 - several batches per optimizer step: pass FreeAdversarial(..., accumulate=<that number>);
+- a short last group of micro-batches that the loop drops: DataLoader(..., drop_last=True) and a dataset whose number
+  of batches is a multiple of accumulate;
 - a host that copies or cuts the batch: perturb inside the model, FreeAdversarial(..., at=<its first layer>);
-- with at=module: a forward pass without that module, by a copy of it, with it in eval mode, after the
-  loop was left, compiled before FreeAdversarial was made (torch._dynamo.reset() once), or a call whose
-  output the loss does not use (make that one under torch.no_grad())."""
+- with at=module: a forward pass without that module, by a copy of it, with it in eval mode, inside a backward hook
+  (only a checkpoint may run it there), after the loop was left, compiled before FreeAdversarial was made
+  (torch._dynamo.reset() once), or a call whose output the loss does not use (make that one under torch.no_grad())."""
 
 LATE = """\
 this batch's time is over: delta has moved on, and a gradient would be lost. Look for:
 - a cycle or a cache round the replay: wrap it the other way, free.replay(itertools.cycle(loader));
 - two replays of one FreeAdversarial side by side, as in zip(): make an object for each;
 - a batch or an output that is kept for a later loss: keep x.detach()."""
-
-
-def warn(text: str) -> None:
-    """Warn at the line outside this package, and outside of torch, from which it was called."""
-    level, frame = 1, sys._getframe()
-    inner = ("free_adv.", "torch.")
-    while frame.f_back and f"{frame.f_globals.get('__name__')}.".startswith(inner):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(text, stacklevel=level)
 
 
 def describe(x: Tensor) -> str:
@@ -101,8 +100,8 @@ def scalar(name: str, value: Any) -> None:
         raise RuntimeError(f"the {name} has no graph to go backward through.\n{CURES}")
 
 
-def dense(x: Tensor, channels: int) -> None:
-    """Refuse what is not a dense floating-point batch with so many channels, where 1 stands for any number."""
+def dense(x: Tensor, mean: tuple[Any, ...] | None = None) -> None:
+    """Refuse what is not a dense floating-point batch over which such a mean broadcasts."""
     if x.is_nested or x.layout != torch.strided:
         kind = "a nested tensor" if x.is_nested else f"{describe(x)}, layout {x.layout}"
         raise TypeError(
@@ -116,11 +115,28 @@ def dense(x: Tensor, channels: int) -> None:
         )
     if x.ndim == 0:
         raise ValueError(f"the input needs a batch dimension, got {what}; batch it as x[None]")
-    if channels > 1 and (x.ndim < 2 or channels != x.shape[1]):
+    form = shape_of(mean)
+    if len(form) == 1 and form[0] > 1 and (x.ndim < 2 or form[0] != x.shape[1]):
+        cure = "pass one entry per channel, or one number each for all"
+        if x.ndim == 5 and form[0] == x.shape[2]:
+            cure = "for video of shape (N, frames, C, H, W) pass tensors of shape (C, 1, 1)"
         raise ValueError(
-            f"mean and std have {channels} entries, but the channels (dimension 1) of the "
-            f"input differ: {what}; pass one entry per channel, or one number each for all"
+            f"mean and std have {form[0]} entries, but the channels (dimension 1) of the "
+            f"input differ: {what}; {cure}"
         )
+    if len(form) > 1:
+        lead = (1,) * (x.ndim - len(form))
+        fits = all(n in (1, of) for n, of in zip((*lead, *form), (1, *x.shape[1:]), strict=False))
+        if len(form) > x.ndim or not fits:
+            raise ValueError(
+                f"mean and std of shape {form} do not broadcast over a sample of the input: {what}; pass a flat "
+                "list of one entry per channel (dimension 1), or (C, 1, 1) where the channels are the third from last"
+            )
+
+
+def shape_of(value: tuple[Any, ...] | None) -> tuple[int, ...]:
+    """The shape of nested tuples."""
+    return (len(value), *shape_of(value[0])) if isinstance(value, tuple) else ()
 
 
 def inside(
@@ -154,47 +170,37 @@ def inside(
     return low, high
 
 
-def doubt(
-    x: Tensor, seen: tuple[float, float], bounds: tuple[float, float] | None, eps: float
-) -> None:
-    """Warn of what is odd about the range of a batch, as the loader gave it and as `seen` in pixel units."""
-    (low, high), (first, last) = seen, (float(v) for v in x.aminmax())
-    range_ = f"the input's values run from {low:.3g} to {high:.3g} in pixel units"
-    odd = ""
-    if bounds and (first, last) != seen and bounds[0] <= first < last <= bounds[1]:
-        odd = (
-            f"mean and std are given, but the batch as the loader gives it runs from {first:.3g} to {last:.3g}, "
-            f"inside bounds {bounds}, as images do before normalisation: leave out mean and std, or normalise"
+def channels(mean: Any, std: Any) -> tuple[Any, Any]:
+    """The arguments `mean` and `std` as tuples of floats of one form: flat, or nested as their dimensions are."""
+    if (mean is None) != (std is None):
+        raise ValueError(
+            f"mean and std belong together, got mean={mean!r}, std={std!r}; "
+            "pass both, as in the loader's Normalize(mean, std)"
         )
-    elif bounds and 0 < high - low < (bounds[1] - bounds[0]) / 10:
-        odd = (
-            f"{range_}, less than a tenth of bounds {bounds}: look whether images are divided by 255 twice, or "
-            "bounds are those of 0..255 for images in [0, 1]"
-        )
-    elif 0 < high - low < eps:
-        odd = f"{range_}, and eps={eps:g} is more than that: give eps in the units of the input"
-    if odd:
-        warn(odd)
+    if mean is None:
+        return None, None
+    tensors = []
+    for name, value in (("mean", mean), ("std", std)):
+        several = isinstance(value, list | tuple) and any(hasattr(v, "__len__") for v in value)
+        if several or getattr(value, "ndim", 0) > 1:
+            t = torch.as_tensor(value, dtype=torch.float64, device="cpu")
+            numbers(name, t.flatten())
+        else:
+            t = torch.tensor(numbers(name, value), dtype=torch.float64, device="cpu")
+        tensors.append(t)
+    if not (tensors[1] > 0).all():
+        raise ValueError(f"std must be positive, got {std!r}")
+    shapes = [tuple(t.shape) for t in tensors]
+    form = max(shapes, key=lambda shape: (len(shape), shape))
+    if any(shape not in (form, (1,)) for shape in shapes):
+        had = [str(s[0]) if len(s) == 1 else f"shape {s}" for s in shapes]
+        raise ValueError(f"mean and std must have one entry per channel, got {had[0]} and {had[1]}")
+    means, stds = (_nested(t.expand(form).tolist()) for t in tensors)
+    return means, stds
 
 
-def masked(still: int, samples: int, what: str, when: str) -> str:
-    """What to say of samples that have no gradient."""
-    return (
-        f"the input gradient of {still} of {samples} samples is {what} {when}, so that they are not "
-        "moved: a model may look robust that is not. Look for a layer that rounds, probabilities in place of "
-        "logits, float16 without a GradScaler; in an evaluation try loss='cw', attack='autoattack' or float32"
-    )
-
-
-def vanishing(grad: Tensor) -> None:
-    """Tell of a gradient that is zero for half of the samples; in float16 a tenth of their entries is enough."""
-    if grad.numel() and grad.device.type != "meta":
-        half = grad.dtype == torch.float16  # where what is too small becomes zero
-        zeros = (grad.detach().reshape(len(grad), -1) == 0).float().mean(1)
-        still = int((zeros >= (0.1 if half else 1)).sum())
-        if still >= len(grad) / 2:
-            what = "zero in a tenth of its entries or more" if half else "zero"
-            warn(masked(still, len(grad), what, "in this replay"))
+def _nested(value: Any) -> Any:
+    return tuple(map(_nested, value)) if isinstance(value, list) else value
 
 
 def numbers(name: str, value: Any) -> tuple[float, ...]:

@@ -12,8 +12,9 @@ from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from free_adv.attack import FLAT, demand
-from free_adv.checks import Loss, choice, masked, positive, warn
+from free_adv.checks import Loss, choice, positive
 from free_adv.checks import count as whole
+from free_adv.hints import masked, warn
 from free_adv.model import Model, modules
 from free_adv.replay import Replay
 from free_adv.rounds import autoattack, descents

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
+from inspect import signature
 from types import EllipsisType
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch.optim import Optimizer
 from free_adv import state as states
 from free_adv.batch import as_paths
 from free_adv.checks import Norm, Start, as_device, count, positive
-from free_adv.delta import Delta
+from free_adv.delta import Delta, as_step_size
 from free_adv.layer import attach
 from free_adv.loop import Loop
 from free_adv.replay import Replay
@@ -22,6 +24,7 @@ from free_adv.step import as_optimizers, as_scaler, step
 from free_adv.threat import ThreatModel
 
 Key = int | str | EllipsisType | tuple[int | str | EllipsisType, ...]
+ASSIGNABLE = ("eps", "step_size")
 PIXELS = (0.0, 1.0)  # the default of `bounds`: an output perturbed `at` a module has no such range
 
 
@@ -40,8 +43,9 @@ class FreeAdversarial:
         step_size: Length of an ascent step in pixel units. None means `eps`, as in the paper.
         norm: "linf" or "l2" (per sample).
         bounds: Lowest and highest valid pixel, before normalisation; None for no range. None with `at`.
-        mean: The mean that the loader has subtracted, per channel; None if it does not normalise.
-        std: The standard deviation that the loader has divided by, per channel.
+        mean: The mean that the loader has subtracted, as in `ThreatModel`: one number, one per channel, or a tensor that
+            broadcasts over a sample, such as (C, 1, 1). None if it does not normalise.
+        std: The standard deviation that the loader has divided by, in the same form.
         start: How delta begins a minibatch: "carry" goes on, as in the paper; "zero" or "uniform" (in the ball).
         scaler: A `torch.amp.GradScaler` for float16 autocast, driven by `step`.
         max_grad_norm: Clip the norm of the parameters' gradient in `step`. delta is never clipped by it.
@@ -55,11 +59,13 @@ class FreeAdversarial:
         device: Where to move a batch, once for all its replays; pass it where the loop would move it. None
             leaves it.
         at: A module whose *output*, one tensor of shape (N, ...), is perturbed in place of the input: an
-            embedding layer for text, the layer that makes floats of uint8 images. `eps` is in its units. Calls before
-            a backward pass have rows of delta each; after one, a call goes on with those left, or begins again.
+            embedding layer for text, the layer that makes floats of uint8 images. `eps` is in its units. A call that is
+            given a tensor of the batch, or some of its samples, has the delta of those samples, in whichever pass and
+            order it comes; any other call is known by its number since the last backward pass. Pass `device` where
+            the loop moves the batch: a copy is not recognised.
 
-    Attributes:
-        threat: The `ThreatModel` that `eps`, `norm`, `bounds`, `mean` and `std` make.
+    `eps` and `step_size` can be assigned between two batches and count from the next replay on: delta is projected into
+    a smaller ball, `step_size=None` follows `eps`. `replays` and `window` can be read.
 
     Raises:
         ValueError, TypeError: A value is out of range or of the wrong type; the message names the cure.
@@ -76,8 +82,6 @@ class FreeAdversarial:
         (torch.Size([16, 1, 8, 8]), True)
     """
 
-    threat: ThreatModel
-
     def __init__(
         self,
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
@@ -87,8 +91,8 @@ class FreeAdversarial:
         step_size: float | None = None,
         norm: Norm = "linf",
         bounds: Iterable[float] | None = PIXELS,
-        mean: float | Iterable[float] | None = None,
-        std: float | Iterable[float] | None = None,
+        mean: float | Iterable[Any] | None = None,
+        std: float | Iterable[Any] | None = None,
         start: Start = "carry",
         scaler: GradScaler | None = None,
         max_grad_norm: float | None = None,
@@ -99,14 +103,14 @@ class FreeAdversarial:
         at: nn.Module | None = None,
     ) -> None:
         bounds = None if at is not None and bounds is PIXELS else bounds
-        self.threat = ThreatModel(eps, norm, bounds, mean, std)
+        threat = ThreatModel(eps, norm, bounds, mean, std)
         paths = as_paths(key)
         self._loop = Loop(
-            delta=Delta(self.threat, step_size, start),
+            delta=Delta(threat, step_size, start),
             replays=count("replays", replays),
             accumulate=count("accumulate", accumulate),
             window=count("window", window),
-            paths=paths if at is None else None,
+            paths=paths if at is None else [],
             several=at is None and (len(paths) > 1 or isinstance(key, list) or ... in paths[0]),
             device=None if device is None else as_device(device),
             optimizers=as_optimizers(optimizer),
@@ -120,7 +124,8 @@ class FreeAdversarial:
         """Wrap a loader so that each minibatch comes *m* times, its input perturbed by delta.
 
         Wrap last: after `accelerator.prepare`, after any prefetching. Its length is *m* times the loader's;
-        other attributes are the loader's own. Every replay yields the batch in fresh containers.
+        other attributes are the loader's own. Every replay yields the batch in fresh containers, with fresh tensors and
+        NumPy arrays; other objects are passed on as they are.
 
         Args:
             loader: Any iterable of batches. The input, at `key`, has shape (N, ...) and a floating dtype;
@@ -136,7 +141,8 @@ class FreeAdversarial:
         """Move the weights and delta with one backward pass: use it instead of zero_grad, backward, step.
 
         With `accumulate`, call it for each micro-batch, the loss not divided: it is weighted by its share of the
-        minibatch, and the optimizer moves after the last one.
+        minibatch, and the optimizer moves after the last one. Gradients that other backward passes have made since the
+        batch was yielded count in full. `p.grad` can be read afterwards, until the next update's first batch is asked for.
 
         Args:
             loss: A scalar, the mean over the batch that `replay` has just yielded.
@@ -159,17 +165,66 @@ class FreeAdversarial:
             leads, mean over samples; `edge`, the share of delta at the edge of the ball; `loss`, as `step` sees it;
             and the numbers of `updates` and `skipped`. Each rank has its own.
         """
-        return self._loop.report()
+        self._loop.settle()
+        return self._loop.report.read(self._loop.replays)
 
     def epochs(self, n: int) -> int:
-        """Epochs over the replayed loader that cost as much as `n` natural ones: `ceil(n / m)`."""
-        return -(-count("n", n) // self._loop.replays)
+        """Epochs over the replayed loader that cost as much as `n` natural ones: `ceil(n / m)`.
+
+        Warns where rounding up costs over 1.25 n.
+        """
+        made = -(-count("n", n) // self.replays)
+        self._loop.hints.of_the_epochs(n, made, self.replays)
+        return made
+
+    @property
+    def threat(self) -> ThreatModel:
+        """The `ThreatModel` that `eps`, `norm`, `bounds`, `mean` and `std` make."""
+        return self._loop.delta.threat
+
+    @property
+    def eps(self) -> float:
+        """The radius of the perturbations."""
+        return self.threat.eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._loop.settle().delta.enter(dataclasses.replace(self.threat, eps=value))
+
+    @property
+    def step_size(self) -> float:
+        """The length of an ascent step; assign None to have it follow `eps`."""
+        return self._loop.delta.length
+
+    @step_size.setter
+    def step_size(self, value: float | None) -> None:
+        self._loop.settle().delta.step_size = as_step_size(value)
+
+    @property
+    def replays(self) -> int:
+        """The paper's *m*: how often each minibatch is trained on."""
+        return self._loop.replays
+
+    @property
+    def window(self) -> int:
+        """How many minibatches take turns."""
+        return self._loop.window
+
+    @property
+    def turn(self) -> int | None:
+        """Which replay of its minibatch the batch yielded last is, 0 to m - 1, until the next is asked for.
+
+        None before the first.
+        """
+        flight = self._loop.flight
+        self._loop.hints.of_the_turn({visit.stop.turn for visit in flight.waiting})
+        return None if flight.latest is None else flight.latest.turn
 
     @property
     def last(self) -> bool:
         """Whether the latest batch ends its group, and the weights move with it (no time for `no_sync`)."""
-        group = self._loop.group
-        return group is not None and (not group.slots or group.latest is None or group.latest[1])
+        flight = self._loop.flight
+        return bool(flight.minibatches) and (flight.latest is None or flight.latest.ends)
 
     @property
     def delta(self) -> Tensor | Any:  # with a union each use would have to tell the types apart
@@ -177,13 +232,12 @@ class FreeAdversarial:
 
         A list for several inputs. With `at` the rows of all calls, joined; a list if their shapes differ.
         """
-        delta = self._loop.delta
-        return self._loop.latest([delta[rows].reshape(x.shape) for x, rows in delta.latest])
+        return self._loop.moved(delta=True)
 
     @property
     def clean(self) -> Tensor | Any:
         """A copy of the latest batch's input (output of `at`) without delta; a list where `delta` is one."""
-        return self._loop.latest([x for x, _ in self._loop.delta.latest])
+        return self._loop.moved(delta=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a later run needs to go on where this one is.
@@ -193,16 +247,20 @@ class FreeAdversarial:
         Returns:
             A dict of tensors and plain values:
 
-            - `version`: 2; `rank`: the rank and the number of ranks of the process group.
-            - `settings`: those of the threat model and `replays`, which must be the same at loading.
-            - `delta`: a list with one tensor per sample shape and place in the window, of shape (rows, ...), in
-              pixel units; `places`: the place of each.
-            - `window`: the minibatches in flight, each a list of batches, or None; `done`: updates made with them.
+            - `version`: 3; `rank`: the rank and the number of ranks of the process group.
+            - `settings`: those of the threat model, `step_size` and `replays`. A loading object takes over `eps` and
+              `step_size`; the others must be its own.
+            - `delta`: a list of tensors of shape (rows, ...), in pixel units; `places`: where each belongs, the
+              numbers of the minibatch in the window and of the micro-batch in it, and the path of the input or the
+              number of the call; `begun`: how many of its rows the minibatches in flight have begun with.
+            - `minibatches`: those in flight, each a list of batches, or None; `done`: updates made with them.
         """
         return states.dump(self._loop)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`: the next `replay` first yields what is left of its minibatch.
+
+        Brings `eps` and `step_size`. An iterator that is under way ends.
 
         Raises:
             ValueError, TypeError: The state is malformed or was made with other settings. Nothing is changed.
@@ -218,3 +276,22 @@ class FreeAdversarial:
 
     def __repr__(self) -> str:
         return f"FreeAdversarial({self.threat}, replays={self._loop.replays}, window={self._loop.window})"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ASSIGNABLE or name.startswith("_"):
+            super().__setattr__(name, value)
+            return
+        cure = "there is no such attribute, only eps and step_size can be assigned"
+        if name in signature(FreeAdversarial).parameters:
+            cure = f"make a new FreeAdversarial(..., {name}=...)"
+            if name in ("key", "at"):
+                cure += "; delta begins anew"
+            elif name not in states.settings(self._loop):
+                cure += " and go on with new.load_state_dict(free.state_dict())"
+        elif name == "threat":
+            cure = (
+                "assign eps, or make a new FreeAdversarial with another norm, bounds, mean and std"
+            )
+        elif hasattr(FreeAdversarial, name):
+            cure = "it can only be read"
+        raise AttributeError(f"FreeAdversarial.{name} cannot be assigned: {cure}")

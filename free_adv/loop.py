@@ -1,4 +1,4 @@
-"""The loop that is running: its settings, and the group of batches in flight."""
+"""The loop that is running: its settings, and what is in flight."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from free_adv.batch import Path, move
-from free_adv.checks import CURES
-from free_adv.delta import Delta
-from free_adv.group import Group
-from free_adv.tally import Tally
+from free_adv.batch import Path, move, rebuilt
+from free_adv.checks import CURES, OFF
+from free_adv.delta import Delta, Place
+from free_adv.flight import Flight
+from free_adv.hints import Hints
+from free_adv.report import Report
 
 
 @dataclasses.dataclass
@@ -27,18 +28,44 @@ class Loop:
     replays: int
     accumulate: int
     window: int
-    paths: list[Path] | None  # to the inputs; None where delta belongs to the output of a module
+    paths: list[Path]  # to the inputs; none where delta belongs to the output of a module
     several: bool  # whether there may be more than one input
     device: torch.device | None
     optimizers: list[Optimizer]
     scaler: GradScaler | None
     max_norm: float | None
-    group: Group | None = None
-    stepped: bool = False  # whether `step` has moved the weights for the latest batch
-    resumed: bool = False  # the group comes from a state and no iterator has begun it
     newest: object = None  # the iterator that may go on
-    tally: Tally | None = None  # once a report was asked for
-    told: set[str] = dataclasses.field(default_factory=set)  # what was warned of, once
+    yielded: int = 0  # how many batches
+    spent: bool = True  # whether the weights may have gradients that the next update is not to have
+    report: Report = dataclasses.field(default_factory=Report)
+    hints: Hints = dataclasses.field(default_factory=Hints)
+
+    def __post_init__(self) -> None:
+        self.flight = self.flight_of(self.delta, [])
+
+    def flight_of(self, delta: Delta, minibatches: list[list[Any]], done: int = 0) -> Flight:
+        """Those minibatches, to be replayed."""
+        return Flight(delta, self.hints, self.paths, minibatches, self.replays, done)
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the flight is one that no iterator has begun, as it comes from a state."""
+        return bool(self.flight.minibatches) and self.flight.latest is None
+
+    @property
+    def stepped(self) -> bool:
+        """Whether `step` has moved the weights for the latest batch."""
+        return self.spent and bool(self.flight.past)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What the optimizers move."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        return [p for group in groups for p in group["params"]]
+
+    def has(self, place: Place) -> bool:
+        """Whether a minibatch of this loop can stand there."""
+        return place[0] < self.window and place[1] < self.accumulate
 
     def open(self) -> object:
         """Start a new iterator: older ones end here, with the gradients they still hold."""
@@ -48,83 +75,101 @@ class Loop:
         self.newest = object()
         return self.newest
 
-    def read(self, batches: list[Any]) -> Group:
-        """Make a group of what the loader gave."""
+    def held(self, batch: Any) -> Any:
+        """What the loader gave, on the device of the training; a copy if the loader goes on before it is used up."""
         if self.device is not None:
-            batches = [move(batch, self.device) for batch in batches]
+            batch = move(batch, self.device)
+        return rebuilt(batch) if self.accumulate * self.window > 1 else batch
+
+    def read(self, batches: list[Any]) -> None:
+        """Begin with what the loader gave."""
         k = self.accumulate
-        window = [batches[i : i + k] for i in range(0, len(batches), k)]
-        group = Group(self.delta, window, self.paths, self.replays)
-        for batch, inputs in zip(batches, group.inputs or (), strict=False):
-            for _, given, _, rows in inputs:
-                if self.device is not None and given.device.type != self.device.type:
+        minibatches = [batches[i : i + k] for i in range(0, len(batches), k)]
+        flight = self.flight_of(self.delta, minibatches)
+        for batch, inputs, _ in flight.micros:
+            for *_, x, _ in inputs:
+                if self.device is not None and x.device.type != self.device.type:
                     raise TypeError(
                         f"device={str(self.device)!r} cannot move the {type(batch).__name__} that the loader "
-                        f"gave: its input is still on {given.device}; give it a method to(device), or move "
+                        f"gave: its input is still on {x.device}; give it a method to(device), or move "
                         "it in the loader"
                     )
-                self.delta.begin(rows)
-        self.group = group
-        return group
+        self.flight = flight
 
-    def settle(self) -> Group | None:
-        """Take in the gradients that the loop's own backward passes have left; what is in flight."""
-        if self.group is not None:
-            self.group.take_in(self.tally)
-        return self.group
+    def next(self) -> Any:
+        """The next batch; with the first of an update, the gradients of the one before go."""
+        flight = self.flight
+        if self.spent and flight.stops[len(flight.waiting)].micro == 0:
+            self.clean_weights()
+        self.yielded += 1
+        return flight.next()
 
-    def demand(self, group: Group) -> None:
+    def clean_weights(self) -> None:
+        """Drop the gradients that `step` has made, and those from before the first batch."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        self.spent = False
+
+    def settle(self) -> Flight:
+        """Take in the gradients that have arrived; what is in flight."""
+        while update := self.flight.update():
+            for visit in update:
+                for rows, grad in visit.gradients():
+                    self.report.gradient(visit.stop.turn, self.delta[rows], grad, self.delta.threat)
+                    self.delta.ascend(rows, grad)
+            self.flight.leave(update)
+            self.report.updates += 1
+            self.hints.of_an_update()
+        return self.flight
+
+    def demand(self) -> None:
         """Take in what has arrived.
 
         Raises:
             RuntimeError: A gradient has not arrived that must have: no loop takes more than `accumulate`.
         """
-        group.take_in(self.tally)
-        if not group.slots:
+        flight = self.settle()
+        if not flight.waiting:
             return
-        turn, part = group.order[0]
-        whole = all(len(p) == self.accumulate for p in group.parts)
-        full = whole and len(group.slots) == len(part)
-        late = sum(slot.waits for slot in group.slots) >= self.accumulate
-        if full or late or not group.todo:
+        turn, minibatch, *_ = flight.stops[0]
+        whole = all(len(m) == self.accumulate for m in flight.minibatches if m)
+        full = whole and len(flight.waiting) == len(flight.minibatches[minibatch])
+        late = sum(visit.waits for visit in flight.waiting) >= self.accumulate
+        if full or late or not flight.todo:
+            off = "" if torch.is_grad_enabled() else OFF
             raise RuntimeError(
                 f"replay {turn + 1} of {self.replays} received no gradient, so delta "
-                f"cannot move and training would not be adversarial.\n{CURES}"
+                f"cannot move and training would not be adversarial. {off}{CURES}"
             )
 
     def skip(self) -> None:
         """Leave out the minibatch of the latest batch; the others of its window go on."""
-        group = self.settle()
-        if group is None:
+        flight = self.settle()
+        if not flight.minibatches:
             raise RuntimeError(
                 "skip() expects a minibatch in flight: call it inside the replay's loop"
             )
-        group.skip()
-        if self.tally is not None:
-            self.tally.skipped += 1
-        if not group.order:
+        flight.skip()
+        self.report.skipped += 1
+        if not flight.stops:
             self.leave()
 
-    def report(self) -> dict[str, Any]:
-        """See `FreeAdversarial.report`."""
-        self.settle()
-        if self.tally is None:
-            self.tally = Tally(self.replays)
-        return self.tally.read()
-
-    def latest(self, tensors: list[Tensor]) -> Tensor | list[Tensor] | None:
-        """Copies: one tensor for one input, a list for several or if samples differ in shape."""
-        if not tensors:
+    def moved(self, delta: bool) -> Tensor | list[Tensor] | None:
+        """Copies of what was moved last, or of its delta: a list for several inputs or if samples differ in shape."""
+        found, moved = [], [*self.flight.moved.items()]
+        for i, (rows, x) in enumerate(moved):
+            if rows.key not in self.delta.buffers:
+                return None
+            if not any(rows.meets(later) for later, _ in moved[i + 1 :]):
+                found.append(self.delta[rows].reshape(x.shape) if delta else x)
+        if not found:
             return None
-        several = self.several or len({t.shape[1:] for t in tensors}) > 1
-        return [t.clone() for t in tensors] if several else torch.cat(tensors)
+        several = self.several or len({t.shape[1:] for t in found}) > 1
+        return [t.clone() for t in found] if several else torch.cat(found)
 
     def leave(self) -> None:
         """Drop what is in flight: its gradients would come too late."""
-        group, self.group, self.resumed = self.group, None, False
-        if group is not None:
-            group.close(group.past)
-            group.close(group.slots)
+        self.flight.close()
 
     def clear(self) -> None:
         """Drop delta and any batch in flight."""

@@ -21,48 +21,45 @@ def step(loop: Loop, loss: Tensor) -> None:
             "step() needs an optimizer: FreeAdversarial(optimizer, eps=...), or call "
             "loss.backward() and optimizer.step() yourself"
         )
-    group = loop.settle()
-    waiting = [i for i, slot in enumerate(group.slots) if slot.waits] if group else []
-    if group is None or not waiting:
-        made = group is not None and (group.past or group.slots)
+    loop.hints.driven = True
+    flight = loop.settle()
+    index = next((i for i, visit in enumerate(flight.waiting) if visit.waits), None)
+    if index is None:
         raise RuntimeError(
             "step() makes the backward pass itself, and that of this batch is made: leave out loss.backward(), or "
             "the second call of step()"
-            if made
+            if flight.past or flight.waiting
             else "step() expects one call for each batch of replay(): call it once inside "
-            "`for x, y in free.replay(loader):`"
+            "`for x, y in free.replay(loader):` of the same object"
         )
     scalar("loss", loss)
-    index, stepping = waiting[0], False
-    turn, part = group.order[0]
-    ends = index == len(part) - 1
+    visit, stepping = flight.waiting[index], False
+    turn, _, micro, ends = visit.stop
     try:
-        if index == 0:
-            for optimizer in loop.optimizers:
-                optimizer.zero_grad()
-        sizes = group.sizes[part.start : part.stop]
-        if len(part) > 1 and any(sizes):  # its share of the mean over the minibatch
-            loss = loss * (sizes[index] / sum(sizes))
-        scaled = loss if loop.scaler is None else loop.scaler.scale(loss)
+        if loop.spent and micro == 0:  # of a step that has failed
+            loop.clean_weights()
+        loop.spent = True
+        scaled = loss * flight.share(visit) if micro or not ends else loss
+        scaled = scaled if loop.scaler is None else loop.scaler.scale(scaled)
         scaled.backward()  # type: ignore[no-untyped-call]
-        if group.slots[index].waits:
+        if visit.waits:
             raise RuntimeError(f"the input received no gradient from this loss.\n{CURES}")
         if ends:
             stepping = Loop.moving = True
             _move_weights(loop)
     except BaseException:  # the weights have not moved: this replay has not been made
-        for slot in group.slots[: index + 1]:
-            slot.forget()
+        for visit in flight.waiting[: index + 1]:
+            visit.forget()
         if stepping and loop.scaler is not None:  # or it takes the next gradients for unscaled ones
             loop.scaler.update(loop.scaler.get_scale())
         raise
     finally:
         Loop.moving = False
-    if loop.tally is not None:
-        loop.tally.loss(turn, loss)
+    loop.report.loss(turn, loss)
     if ends:
-        loop.stepped = True
-        group.take_in(loop.tally)
+        loop.settle()
+        if flight.waiting:  # batches that are out ahead: nobody asks for one before their update
+            loop.clean_weights()
 
 
 def _move_weights(loop: Loop) -> None:
@@ -72,9 +69,7 @@ def _move_weights(loop: Loop) -> None:
         if scaler is not None:
             for optimizer in loop.optimizers:
                 scaler.unscale_(optimizer)
-        groups = [group for optimizer in loop.optimizers for group in optimizer.param_groups]
-        parameters = [p for group in groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, loop.max_norm)
+        torch.nn.utils.clip_grad_norm_(loop.parameters, loop.max_norm)
     for optimizer in loop.optimizers:
         if scaler is None:
             optimizer.step()

@@ -11,7 +11,73 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from free_adv.checks import Norm, choice, dense, describe, doubt, inside, numbers, positive
+from free_adv.checks import Norm, channels, choice, dense, describe, inside, numbers, positive
+from free_adv.hints import doubt, frames
+
+
+class Linf:
+    """The ball of the maximum norm: what a norm decides stands in a class like this one, and nowhere else."""
+
+    entrywise = True  # whether the radius limits every entry by itself, or each sample as a whole
+
+    @staticmethod
+    def size(delta: Tensor) -> Tensor:
+        """What must not exceed the radius: of each entry, or of each sample, shaped to broadcast."""
+        return delta.abs()
+
+    @staticmethod
+    def step(delta: Tensor, grad: Tensor, length: float) -> Tensor:
+        """`delta` after the steepest step for `grad`, in whose memory it is made."""
+        return torch.add(delta, grad.sign_(), alpha=length, out=grad)
+
+    @staticmethod
+    def project(moved: Tensor, eps: float, out: Tensor) -> None:
+        """Write the nearest point of the ball to `out`."""
+        torch.clamp(moved, -eps, eps, out=out)
+
+    @staticmethod
+    def draw(delta: Tensor, eps: float, generator: torch.Generator | None) -> None:
+        """Fill `delta` with a uniform draw from the ball."""
+        delta.uniform_(-eps, eps, generator=generator)
+
+
+class L2:
+    """The ball of the Euclidean norm of each sample; see `Linf`."""
+
+    entrywise = False
+
+    @staticmethod
+    def size(delta: Tensor) -> Tensor:
+        """See `Linf`."""
+        return _per_sample(delta, 2)
+
+    @staticmethod
+    def step(delta: Tensor, grad: Tensor, length: float) -> Tensor:
+        """See `Linf`."""
+        # The largest entry is divided out first: squares of tiny gradients would underflow to 0.
+        tiny = torch.finfo(grad.dtype).tiny
+        grad.div_(_per_sample(grad, math.inf).clamp_(min=tiny))
+        scale = _per_sample(grad, 2).clamp_(min=tiny**0.5).reciprocal_().mul_(length)
+        return torch.addcmul(delta, grad, scale, out=grad)
+
+    @staticmethod
+    def project(moved: Tensor, eps: float, out: Tensor) -> None:
+        """See `Linf`."""
+        tiny = torch.finfo(moved.dtype).tiny
+        shrink = _per_sample(moved, 2).clamp_(min=tiny).reciprocal_().mul_(eps).clamp_(max=1)
+        torch.mul(moved, shrink, out=out)
+
+    @staticmethod
+    def draw(delta: Tensor, eps: float, generator: torch.Generator | None) -> None:
+        """See `Linf`."""
+        noise = torch.empty_like(delta).normal_(generator=generator)
+        norm = _per_sample(noise, 2).clamp(min=torch.finfo(delta.dtype).tiny)
+        radius = torch.empty_like(norm).uniform_(generator=generator)
+        radius.pow_(1 / max(1, delta[:1].numel())).mul_(eps)  # in d dimensions u^(1/d)
+        torch.mul(noise, radius / norm, out=delta)
+
+
+BALLS: dict[Norm, type[Linf] | type[L2]] = {"linf": Linf, "l2": L2}
 
 
 @dataclass(frozen=True, init=False)
@@ -26,8 +92,10 @@ class ThreatModel:
         norm: "linf" (every pixel moves by at most `eps`) or "l2" (so does the Euclidean norm of each
             sample's perturbation).
         bounds: Lowest and highest valid pixel; None for inputs without a range.
-        mean: Mean that the loader has subtracted, per channel (dimension 1) or for all; None if none was.
-        std: Standard deviation that the loader has divided by, given together with `mean`.
+        mean: Mean that the loader has subtracted: one number for all, a flat list of one per channel (dimension 1
+            of a batch), or a tensor of several dimensions that broadcasts over a sample, such as (C, 1, 1) for images
+            and for video of shape (N, T, C, H, W); None if none was.
+        std: Standard deviation that the loader has divided by, in the same form.
 
     Raises:
         ValueError: A value is out of range; the message names argument, value and cure.
@@ -41,44 +109,34 @@ class ThreatModel:
     eps: float
     norm: Norm
     bounds: tuple[float, float] | None
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
+    mean: tuple[Any, ...] | None  # of floats, nested as its dimensions are
+    std: tuple[Any, ...] | None
 
     def __init__(
         self,
         eps: float,
         norm: Norm = "linf",
         bounds: Iterable[float] | None = (0.0, 1.0),
-        mean: float | Iterable[float] | None = None,
-        std: float | Iterable[float] | None = None,
+        mean: float | Iterable[Any] | None = None,
+        std: float | Iterable[Any] | None = None,
     ) -> None:
         choice("norm", norm, Norm)
         eps = positive("eps", eps)
         box = None if bounds is None else numbers("bounds", bounds)
         if box is not None and (len(box) != 2 or not box[0] < box[1]):
             raise ValueError(f"bounds must be (lowest, highest), lowest < highest, got {bounds!r}")
-        if box is not None and norm == "linf" and eps > box[1] - box[0]:
+        if box is not None and BALLS[norm].entrywise and eps > box[1] - box[0]:
             cure = f"did you mean eps={eps:g}/255?"
             raise ValueError(f"eps must not exceed the width of bounds {box}, got {eps:g}; {cure}")
-        if (mean is None) != (std is None):
-            raise ValueError(
-                f"mean and std belong together, got mean={mean!r}, std={std!r}; "
-                "pass both, as in the loader's Normalize(mean, std)"
-            )
-        means = None if mean is None else numbers("mean", mean)
-        stds = None if std is None else numbers("std", std)
-        if stds is not None and min(stds) <= 0:
-            raise ValueError(f"std must be positive, got {std!r}")
-        if means is not None and stds is not None:
-            channels = max(len(means), len(stds))
-            if {len(means), len(stds)} - {1, channels}:
-                raise ValueError(
-                    f"mean and std must have one entry per channel, got {len(means)} and {len(stds)}"
-                )
-            means, stds = (v * (channels // len(v)) for v in (means, stds))
+        means, stds = channels(mean, std)
         values = {"eps": eps, "norm": norm, "bounds": box, "mean": means, "std": stds}
         for name, value in values.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def ball(self) -> type[Linf] | type[L2]:
+        """What the norm decides."""
+        return BALLS[self.norm]
 
     def to_pixels(self, x: Tensor) -> Tensor:
         """`x` with the loader's normalisation undone, in float32 or float64."""
@@ -121,38 +179,25 @@ class ThreatModel:
             grad: Gradient of the loss in the loader's units, of the same shape.
             step_size: Length of the step in pixel units.
         """
-        self.climb(delta, finite(grad.detach(), delta.dtype), step_size)
+        self.steepest(delta, finite(grad.detach(), delta.dtype), step_size)
 
-    def climb(self, delta: Tensor, grad: Tensor, step_size: float) -> None:
+    def steepest(self, delta: Tensor, grad: Tensor, step_size: float) -> None:
         """`ascend` for a finite gradient in delta's precision, whose memory is used up."""
         if not delta.numel():
             return
-        # delta changes in one operation: an interrupt finds it in the ball.
-        if self.norm == "linf":
-            moved = torch.add(delta, grad.sign_(), alpha=step_size, out=grad)
-            torch.clamp(moved, -self.eps, self.eps, out=delta)
-            return
-        std = self._units(grad)[3]
+        std = None if self.ball.entrywise else self._units(grad)[3]  # a sign has no unit
         if std is not None:
             grad.div_(std)
-        # The largest entry is divided out first: squares of tiny gradients would underflow to 0.
-        tiny = torch.finfo(grad.dtype).tiny
-        grad.div_(_per_sample(grad, math.inf).clamp_(min=tiny))
-        scale = _per_sample(grad, 2).clamp_(min=tiny**0.5).reciprocal_().mul_(step_size)
-        moved = torch.addcmul(delta, grad, scale, out=grad)
-        shrink = _per_sample(moved, 2).clamp_(min=tiny).reciprocal_().mul_(self.eps).clamp_(max=1)
-        torch.mul(moved, shrink, out=delta)
+        # delta changes in one operation: an interrupt finds it in the ball.
+        self.ball.project(self.ball.step(delta, grad, step_size), self.eps, delta)
+
+    def project(self, delta: Tensor) -> None:
+        """Move `delta`, shape (N, ...), to the nearest point of the ball, in place."""
+        self.ball.project(delta.clone(), self.eps, delta)
 
     def randomise(self, delta: Tensor, generator: torch.Generator | None = None) -> None:
         """Fill `delta`, shape (N, ...), with a uniform draw from the ball of each sample, in place."""
-        if self.norm == "linf":
-            delta.uniform_(-self.eps, self.eps, generator=generator)
-            return
-        noise = torch.empty_like(delta).normal_(generator=generator)
-        norm = _per_sample(noise, 2).clamp(min=torch.finfo(delta.dtype).tiny)
-        radius = torch.empty_like(norm).uniform_(generator=generator)
-        radius.pow_(1 / max(1, delta[:1].numel())).mul_(self.eps)  # in d dimensions u^(1/d)
-        torch.mul(noise, radius / norm, out=delta)
+        self.ball.draw(delta, self.eps, generator)
 
     def displacement(self, x: Tensor, x_adv: Tensor) -> Tensor:
         """How far `x_adv` is from `x`, in pixel units; both are in the loader's units."""
@@ -162,7 +207,7 @@ class ThreatModel:
 
     def distance(self, delta: Tensor) -> Tensor:
         """Norm of each sample of `delta`, shape (N, ...), as a tensor of shape (N,)."""
-        return _per_sample(delta, math.inf if self.norm == "linf" else 2).reshape(len(delta))
+        return _per_sample(self.ball.size(delta), math.inf).reshape(len(delta))
 
     def check(self, x: Tensor, values: bool = True, doubts: bool = False) -> None:
         """Refuse a batch that cannot be what this threat model describes.
@@ -176,12 +221,13 @@ class ThreatModel:
             TypeError, ValueError: No dense floating-point batch with as many channels as `mean`, or its
                 values are not finite, or outside `bounds` but for some stray ones.
         """
-        dense(x, 1 if self.mean is None else len(self.mean))
+        dense(x, self.mean)
         if values and x.numel() and x.device.type != "meta":
             pixels = self.to_pixels(x.detach())
             seen = inside(pixels, self.bounds, describe(x), self.std is not None)
+            frames(x, self.mean)
             if doubts and x.numel() >= 100:
-                doubt(x.detach(), seen, self.bounds, self.eps if self.norm == "linf" else 0.0)
+                doubt(x.detach(), seen, self.bounds, self.eps if self.ball.entrywise else 0.0)
 
     def _units(self, x: Tensor) -> tuple[Any, Any, Any, Any]:
         """The bounds in the loader's units, mean and std, so that they broadcast over the batch `x`."""
@@ -206,14 +252,14 @@ def _per_sample(t: Tensor, order: float) -> Tensor:
 @torch.inference_mode(False)
 def _normalised(
     bounds: tuple[float, float] | None,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    mean: tuple[Any, ...],
+    std: tuple[Any, ...],
     ndim: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Any, Any, Tensor, Tensor]:
-    """Bounds in the loader's units, mean and std, per channel: along dimension 1 of a batch."""
+    """Bounds in the loader's units, mean and std: a flat one along dimension 1 of a batch."""
     tensors = (torch.tensor(v, dtype=dtype, device=device) for v in (mean, std))
-    m, s = (t.reshape(-1, *[1] * max(0, ndim - 2)) for t in tensors)
+    m, s = (t if t.ndim > 1 else t.reshape(-1, *[1] * max(0, ndim - 2)) for t in tensors)
     low, high = (None, None) if bounds is None else ((b - m) / s for b in bounds)
     return low, high, m, s

@@ -58,6 +58,13 @@ def in_ball(free):
     return all((threat.distance(d) <= threat.eps * (1 + 1e-6)).all() for d in deltas)
 
 
+def joined(free):
+    """All of delta of one sample shape, in the order of its places."""
+    state = free.state_dict()
+    order = sorted(range(len(state["places"])), key=lambda i: state["places"][i])
+    return torch.cat([state["delta"][i] for i in order])
+
+
 def equal(one, other):
     """Whether tensors, and whatever holds them, are bit-equal."""
     if isinstance(one, torch.Tensor):

@@ -2,25 +2,29 @@
 
 import collections
 import contextlib
-import itertools
 from unittest import mock
 
 from free_adv import delta as module
-from free_adv.batch import length
+from free_adv import threat
 
 __all__ = [
     "SHAPES",
     "ascents",
+    "balls",
     "buffers",
     "counted",
     "delta_of",
     "keeping",
     "leaf",
-    "length",
     "rows",
 ]
 
 SHAPES = module.SHAPES  # of how many sample shapes delta is kept
+
+
+def balls():
+    """What each norm decides."""
+    return threat.BALLS
 
 
 def delta_of(free):
@@ -29,19 +33,19 @@ def delta_of(free):
 
 
 def buffers(free):
-    """Its delta by sample shape, precision and place in the window: not copies."""
+    """Its delta by place, sample shape and precision: not copies."""
     return delta_of(free).buffers
 
 
 def leaf(free):
     """The rows of delta that wait for the gradient of the oldest batch in flight."""
-    (found,) = free._loop.group.slots[0].leaves.values()
+    (found,) = free._loop.flight.waiting[0].leaves.values()
     return found
 
 
 def rows(free):
-    """Which rows of which buffer each input of the group in flight has."""
-    return [rows for *_, rows in itertools.chain(*free._loop.group.inputs)]
+    """Which rows each input in flight has."""
+    return [i.rows for micro in free._loop.flight.micros for i in micro.inputs]
 
 
 def ascents(free):
@@ -67,10 +71,10 @@ def counted(free):
             counts[name] += 1
             return method(*args, **kwargs)
 
-        setattr(delta, name, counting)
+        return counting
 
-    for name in ("move", "ascend"):
-        count(name, getattr(delta, name))
+    delta.ascend = count("ascend", delta.ascend)
+    module.Move.apply = count("move", module.Move.apply)
     return counts
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from free_adv import FreeAdversarial
-from tests.helpers import sgd, train, weights
+from tests.helpers import joined, sgd, train, weights
 from tests.reference import batches, free_training, network
 
 EPS = 8 / 255
@@ -94,7 +94,7 @@ def test_micro_batches_replayed_as_a_group_equal_one_large_batch(norm):
     grouped = FreeAdversarial(sgd(two), accumulate=2, **arguments)
     actual = train(two, grouped, small, epochs=2)
     torch.testing.assert_close(actual, expected, atol=1e-9, rtol=0)
-    state, twin = (f.state_dict()["delta"][0] for f in (grouped, free))
+    state, twin = joined(grouped), joined(free)
     torch.testing.assert_close(state, twin, atol=1e-9, rtol=0)
 
     # A loop of its own that divides each loss by the number of micro-batches.
@@ -250,4 +250,9 @@ def test_a_plain_block_drops_the_buffers_at_its_end():
 
 def test_epochs_are_divided_by_the_replays_and_rounded_up():
     free = FreeAdversarial(eps=0.1, replays=8)
-    assert [free.epochs(n) for n in (1, 8, 9, 200)] == [1, 1, 2, 25]
+    assert [free.epochs(n) for n in (8, 15, 200)] == [1, 2, 25]
+    with pytest.warns(
+        UserWarning, match=r"epochs\(9\) is 2, and with replays=8 .* what 16 natural"
+    ):
+        assert free.epochs(9) == 2
+    assert free.epochs(1) == 1  # told once

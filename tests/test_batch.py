@@ -6,10 +6,12 @@ import dataclasses
 import itertools
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -237,6 +239,22 @@ def test_each_element_of_a_list_is_one_sample_of_its_own_size(norm):
     ]
 
 
+@pytest.mark.parametrize(
+    "kind", [torch.Tensor, type("Image", (torch.Tensor,), {})], ids=["plain", "subclass"]
+)
+@pytest.mark.parametrize("key", [0, (0, ...)], ids=str)
+def test_every_kind_of_input_may_be_asked_for_where_gradients_are_off(key, kind):
+    batch = (
+        ([X[0].as_subclass(kind), X[1].as_subclass(kind)],) if key != 0 else (X.as_subclass(kind),)
+    )
+    replay = iter(FreeAdversarial(eps=EPS, replays=2, key=key).replay([batch]))
+    for _ in range(2):
+        with torch.no_grad():
+            (found,) = next(replay)
+        torch.stack([*found]).as_subclass(torch.Tensor).sum().backward()
+    assert list(replay) == []
+
+
 def test_a_list_of_dicts_is_a_batch_too():
     batch = [{"image": torch.rand(3, 4, 4 + i), "file": str(i)} for i in range(3)]
     for fresh in FreeAdversarial(eps=EPS, key=(..., "image")).replay([batch]):
@@ -359,6 +377,82 @@ class Movable:
     def to(self, device):
         self.x = self.x.to(device)  # in place, as some do
         return self
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_arrays_come_anew_in_every_replay_as_tensors_do(window):
+    held = {"y": np.arange(4), "names": np.array(["a", "b", "c", "d"], dtype=object)}
+    loader = [(torch.rand(4, 3), held, [np.ones(4)], Labelled(np.arange(4)))] * 2
+    for x, labels, (weights,), labelled in FreeAdversarial(
+        eps=EPS, replays=3, window=window
+    ).replay(loader):
+        assert labels["y"].tolist() == labelled.y.tolist() == [0, 1, 2, 3]
+        assert weights.tolist() == [1] * 4
+        labels["y"] -= 1  # the loop counts from 0
+        labelled.y -= 1
+        labels["names"][0] = "changed"
+        weights *= 2
+        x.sum().backward()
+    assert held["y"].tolist() == [0, 1, 2, 3]
+    assert held["names"][0] == "a"
+
+
+@dataclasses.dataclass
+class Labelled:
+    y: np.ndarray
+
+
+REUSED = {
+    "a tensor": lambda memory, i: memory.fill_(i / 10),
+    "an array": lambda memory, i: torch.from_numpy(_filled(memory.numpy(), i / 10)),
+    "a view": lambda memory, i: memory.fill_(i / 10)[:],
+    "inside": lambda memory, i: {"x": [memory.fill_(i / 10)]},
+}
+
+
+def _filled(array, value):
+    array[:] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    "how", [{"window": 2}, {"accumulate": 2}, {"window": 2, "accumulate": 2}], ids=str
+)
+@pytest.mark.parametrize("source", REUSED.values(), ids=REUSED)
+@pytest.mark.parametrize("at", [False, True])
+def test_a_loader_may_use_its_memory_again(source, how, at):
+    memory = torch.zeros(4, 6)
+
+    def loader():
+        for i in range(4):
+            yield source(memory, i)
+
+    key, module = ("x", 0) if source is REUSED["inside"] else 0, nn.Identity()
+    where = {"at": module} if at else {"key": key}
+    free, seen = FreeAdversarial(eps=0.01, bounds=None, replays=2, **where, **how), []
+    for batch in free.replay(loader()):
+        x = batch["x"][0] if isinstance(batch, dict) else batch
+        module(x).sum().backward()
+        seen.append(round(10 * free.clean.mean().item()))
+    assert sorted(seen) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+IMAGES, TOKENS, LABELS = torch.rand(4, 3, 8, 8), torch.randint(0, 99, (4, 7)), torch.arange(4)
+MISTAKEN = {  # what is at the key, and the cure
+    "labels first": ((LABELS, IMAGES), 0, "perhaps key=1"),
+    "labels first, by name": ({"label": LABELS, "image": IMAGES}, "label", "perhaps key='image'"),
+    "tokens": ((TOKENS, LABELS), 0, r"at=model.get_input_embeddings\(\)"),
+    "tokens by name": ({"input_ids": TOKENS}, "input_ids", r"at=model.get_input_embeddings\(\)"),
+    "bytes": (((IMAGES * 255).byte(), LABELS), 0, r"x.float\(\) / 255"),
+    "bytes beside a map": (((IMAGES * 255).byte(), IMAGES), 0, r"x.float\(\) / 255"),
+    "an array": ((IMAGES.numpy(), LABELS), 0, "got a NumPy array; convert it .* torch.as_tensor"),
+}
+
+
+@pytest.mark.parametrize(("batch", "key", "cure"), MISTAKEN.values(), ids=MISTAKEN)
+def test_an_input_of_another_kind_is_refused_with_the_cure_that_fits(batch, key, cure):
+    with pytest.raises(TypeError, match=cure):
+        next(iter(FreeAdversarial(eps=EPS, key=key).replay([batch])))
 
 
 def test_what_has_a_to_of_its_own_is_moved_by_it_and_the_loaders_own_stays():

@@ -325,7 +325,7 @@ def test_a_loader_without_a_length_is_refused_where_lightning_looks_ahead():
             return iter(batches(SIZES))
 
     replay = free.replay
-    free.replay = lambda loader: replay(Unsized())
+    object.__setattr__(free, "replay", lambda loader: replay(Unsized()))
     with pytest.raises(RuntimeError, match="a wrapper round the replay that takes batches ahead"):
         lightning(free)
 

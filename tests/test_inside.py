@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from free_adv import FreeAdversarial, ThreatModel, evaluate
+from tests.helpers import joined
 from tests.internals import buffers, delta_of
 from tests.reference import batches, free_training, network
 
@@ -136,13 +137,14 @@ def test_a_window_over_the_replays_of_a_short_group_keeps_to_the_rows_of_the_gro
             used[(3 * short - left + i) % short].append(free.delta)
         left -= len(window)
     state = free.state_dict()["delta"]
-    assert [len(d) for d in state] == [4 * short]
+    assert [len(d) for d in state] == [4] * short
     for slot, deltas in enumerate(used):
         if short == 1:  # all three were moved before a gradient was taken in
             assert torch.equal(deltas[0], deltas[1])
-        assert not torch.equal(state[0][4 * slot : 4 * slot + 4], deltas[-1])
+        assert not torch.equal(state[slot], deltas[-1])
 
 
+@pytest.mark.filterwarnings("ignore:samples that the module given as at has seen under")
 def test_it_is_active_only_between_a_batch_and_its_gradient():
     model, _, free = reader()
     words = texts()[0]["words"]
@@ -155,7 +157,7 @@ def test_it_is_active_only_between_a_batch_and_its_gradient():
         with torch.no_grad():
             model.load_state_dict(clean.state_dict())
             assert torch.equal(model(words), before)
-        assert torch.equal(model(words), before) != moving
+        assert torch.equal(model(batch["words"]), before) != moving
         free.step(loss_of(model, batch))
         model.load_state_dict(clean.state_dict())
         assert torch.equal(model(words), before)
@@ -213,7 +215,7 @@ def test_a_loop_that_was_left_and_an_object_that_is_gone_leave_the_module_alone(
     words = batch["words"]
     assert torch.equal(model(words), plain(model, words))
     replay = iter(free.replay(texts((5,))))
-    next(replay)
+    words = next(replay)["words"]
     assert not torch.equal(model(words), plain(model, words))
     del free, replay
     gc.collect()
@@ -259,9 +261,7 @@ def test_a_group_of_micro_batches_equals_the_large_batch():
         grouped.step(loss_of(other, batch))
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
-    torch.testing.assert_close(
-        grouped.state_dict()["delta"][0], free.state_dict()["delta"][0], atol=1e-12, rtol=0
-    )
+    torch.testing.assert_close(joined(grouped), joined(free), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("start", ["zero", "uniform"])
@@ -368,7 +368,7 @@ def test_a_call_whose_output_the_loss_does_not_use_is_refused():
     model, _, free = reader(optimizer=False)
     with pytest.raises(RuntimeError, match="output the loss does not use"):
         for batch in free.replay(texts((5,))):
-            unused = model(batch["words"])
+            unused = model(batch["words"].clone())  # other samples, by all that can be known
             loss_of(model, batch).backward()
     del unused
 
@@ -408,7 +408,11 @@ def test_a_checkpoint_of_two_calls_that_cannot_be_told_apart_is_refused():
     model, _, free = reader(optimizer=False)
     with pytest.raises(RuntimeError, match="which of its calls"):
         for batch in free.replay(texts((5,))):
-            twice = lambda w: model.embedding(w).mean(1) * model.embedding(w).mean(1)  # noqa: E731
+
+            def twice(words):
+                one, two = (model.embedding(words.clone()).mean(1) for _ in range(2))
+                return one * two
+
             checkpoint(twice, batch["words"], use_reentrant=False).square().sum().backward()
 
 

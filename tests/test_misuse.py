@@ -9,7 +9,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from free_adv import FreeAdversarial, ThreatModel, evaluate, pgd
-from tests.helpers import free_for, loss_of
+from tests.helpers import advance, free_for, loss_of
 from tests.reference import batches, network
 
 
@@ -209,15 +209,16 @@ def test_two_objects_that_share_an_optimizer_and_step_in_turn_are_not_told():
         two.step(loss_of(model, x2, y2))
 
 
-def test_optimizers_are_watched_in_the_first_minibatch_and_no_longer():
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    for free in (FreeAdversarial(optimizer, eps=0.1), FreeAdversarial(eps=0.1)):
+def test_optimizers_are_watched_in_the_first_updates_and_no_longer():
+    for own in (False, True):
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        free = FreeAdversarial(None if own else optimizer, eps=0.1)
         watched = []
         for _ in range(2):
             for x, y in free.replay(batches((4, 4))):
                 watched.append(len(_global_optimizer_pre_hooks))
-                loss_of(model, x, y).backward()
+                advance(model, free, x, y, optimizer if own else None)
         assert watched == [1] * 4 + [0] * 12
 
 

@@ -28,7 +28,7 @@ from torch.utils.data import (
 )
 
 from free_adv import FreeAdversarial, ThreatModel, evaluate
-from tests.helpers import advance, on_two_ranks, with_batch_norm
+from tests.helpers import advance, joined, on_two_ranks, with_batch_norm
 from tests.reference import batches, free_training, network
 
 EPOCHS, M, EPS = 3, 3, 0.1
@@ -95,7 +95,7 @@ def train(
 def outcome(model, free):
     weights = [p.detach() for p in model.parameters()]
     weights = [p.full_tensor() if hasattr(p, "full_tensor") else p.clone() for p in weights]
-    return weights, *free.state_dict()["delta"]
+    return weights, *([joined(free)] if free.state_dict()["delta"] else [])
 
 
 def train_on(rank, sizes, join=False):

@@ -1,6 +1,7 @@
 """What `replay` gives: a loader that is m times as long, and batches that are no leaves."""
 
 import copy
+import operator
 import pickle
 
 import pytest
@@ -59,6 +60,29 @@ class NotSaying:
 def test_a_loader_is_not_asked_for_its_length_where_none_is_needed():
     for x, _ in FreeAdversarial(eps=0.1).replay(NotSaying()):
         x.sum().backward()
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, RuntimeError, TypeError, ValueError])
+@pytest.mark.parametrize("how", [{}, {"window": 2}, {"accumulate": 3}], ids=str)
+def test_a_length_that_raises_is_none(how, error):
+    class Stream:
+        def __iter__(self):
+            return iter(batches((4,) * 4))
+
+        def __len__(self):
+            raise error("a stream has no length")
+
+    model = network()
+    free = free_for(model, replays=2, **how)
+    replay = free.replay(Stream())
+    assert operator.length_hint(replay, 7) == 7
+    with pytest.raises(TypeError, match="no length: a stream has no length"):
+        len(replay)
+    count = 0
+    for x, y in replay:
+        free.step(loss_of(model, x, y))
+        count += 1
+    assert count == 8
 
 
 def test_a_replay_can_be_copied_and_pickled():

@@ -336,7 +336,7 @@ def test_those_comparisons_see_each_part_of_a_state():
     assert_seen("loader", lambda state: {})
     assert_seen("free", lambda state: {**state, "delta": [-d for d in state["delta"]]})
     assert_seen("free", lambda state: {**state, "done": state["done"] - 1})
-    assert_seen("free", lambda state: {**state, "window": None, "done": 0})
+    assert_seen("free", lambda state: {**state, "minibatches": None, "done": 0})
     assert_seen("scaler", lambda state: {**state, "scale": state["scale"] / 2})
     assert_seen("scaler", lambda state: {**state, "_growth_tracker": state["_growth_tracker"] + 1})
     assert_seen("optimizer", lambda state: {**state, "state": {}})

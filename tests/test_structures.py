@@ -12,7 +12,6 @@ from torch.nn import functional
 
 from free_adv import FreeAdversarial
 from tests.helpers import free_for, loss_of
-from tests.internals import length
 from tests.reference import batches, network
 
 Pair = collections.namedtuple("Pair", "image label")
@@ -172,14 +171,16 @@ def test_a_dataclass_is_fresh_in_every_replay_and_moved_to_the_device():
 def test_device_moves_every_tensor_of_the_batch():
     # meta is a second device that every machine has; it holds no values.
     free = FreeAdversarial(eps=0.1, device="meta", key="x")
-    free.load_state_dict({**free.state_dict(), "delta": [torch.zeros(6, 2, 5, 5)], "places": [0]})
+    free.load_state_dict(
+        {
+            **free.state_dict(),
+            "delta": [torch.zeros(6, 2, 5, 5)],
+            "places": [(0, 0, "['x']")],
+            "begun": [0],
+        }
+    )
     batch = {"x": torch.rand(2, 2, 5, 5), "y": [torch.zeros(2)], "name": "a"}
     fresh = next(iter(free.replay([batch])))
     assert fresh["x"].device.type == fresh["y"][0].device.type == "meta"
     assert free.delta.device.type == "meta"
     assert free.state_dict()["delta"][0].shape == (6, 2, 5, 5)
-
-
-def test_a_batch_is_as_long_as_its_first_tensor():
-    given = [(torch.tensor(2.0), torch.ones(5)), (torch.ones(3), torch.ones(5)), {"a": 1}]
-    assert [length(batch) for batch in given] == [1, 3, 1]

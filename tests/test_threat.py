@@ -1,6 +1,7 @@
 """The geometry: steps, projections, bounds and what is refused."""
 
 import math
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from free_adv import ThreatModel
+from tests.internals import balls
 
 shapes = st.lists(st.integers(0, 4), min_size=1, max_size=5).map(tuple)
 norms = st.sampled_from(["linf", "l2"])
@@ -197,3 +199,88 @@ def test_an_input_that_cannot_be_right_is_refused_with_its_cure(x, threat, error
     for phrase in phrases:
         with pytest.raises(error, match=phrase):
             ThreatModel(0.1, **threat).check(x)
+
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.1, 0.2, 0.4)
+FORMS = {  # of mean and std, the shape of a batch, and which of its dimensions the channels are
+    "flat": (lambda v: v, (2, 3, 4, 4), 1),
+    "a tensor": (torch.tensor, (2, 3, 4, 4), 1),
+    "an array": (np.array, (2, 3, 4, 4), 1),
+    "(C, 1, 1)": (lambda v: torch.tensor(v)[:, None, None], (2, 3, 4, 4), 1),
+    "(1, C, 1, 1)": (lambda v: torch.tensor(v)[None, :, None, None], (2, 3, 4, 4), 1),
+    "nested lists": (lambda v: [[[x]] for x in v], (2, 3, 4, 4), 1),
+    "an array of three dimensions": (lambda v: np.array(v).reshape(3, 1, 1), (2, 3, 4, 4), 1),
+    "video": (lambda v: torch.tensor(v)[:, None, None], (2, 8, 3, 4, 4), 2),
+    "video of three frames": (lambda v: torch.tensor(v)[:, None, None], (2, 3, 3, 4, 4), 2),
+    "video, channels first": (lambda v: torch.tensor(v)[:, None, None, None], (2, 3, 8, 4, 4), 1),
+    "channels last": (torch.tensor, (2, 3), 1),
+    "tables": (lambda v: torch.tensor(v)[None], (2, 3), 1),
+}
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize(("form", "shape", "where"), FORMS.values(), ids=FORMS)
+def test_mean_and_std_broadcast_as_in_torch_and_a_flat_one_is_of_dimension_1(
+    form, shape, where, norm
+):
+    torch.manual_seed(0)
+    view = [1] * len(shape)
+    view[where] = 3
+    mean, std = (torch.tensor(v).view(view) for v in (MEAN, STD))
+    threat = ThreatModel(0.02, norm, mean=form(MEAN), std=form(STD))
+    plain = ThreatModel(0.02, norm)
+    raw, grad = torch.rand(shape), torch.randn(shape)
+    x = (raw - mean) / std
+    threat.check(x)
+    torch.testing.assert_close(threat.to_pixels(x), raw)
+    torch.testing.assert_close(threat.from_pixels(raw, x.dtype), x)
+    deltas = torch.zeros(2, *shape).unbind()
+    threat.ascend(deltas[0], grad * std, 0.02)  # the gradient at what the loader gives
+    plain.ascend(deltas[1], grad, 0.02)
+    torch.testing.assert_close(*deltas)
+    moved = threat.perturb(x, deltas[0])
+    torch.testing.assert_close(threat.to_pixels(moved), plain.perturb(raw, deltas[1]))
+    assert threat == ThreatModel(0.02, norm, mean=form(MEAN), std=form(STD))
+    assert hash(threat) == hash(ThreatModel(0.02, norm, mean=form(MEAN), std=form(STD)))
+
+
+@pytest.mark.parametrize(
+    ("mean", "shape", "phrases"),
+    [
+        (torch.zeros(3, 1, 1), (2, 4, 8, 8), ["shape (3, 1, 1) do not broadcast over a sample"]),
+        (torch.zeros(3, 1, 1), (2, 3), ["shape (3, 1, 1) do not broadcast over a sample"]),
+        (torch.zeros(2, 3, 1, 1), (2, 3, 8, 8), ["do not broadcast", "flat list"]),
+        ([0.0] * 3, (2, 8, 3, 4, 4), ["3 entries", "for video", "shape (C, 1, 1)"]),
+        ([0.0] * 3, (2, 8, 4, 4), ["3 entries", "one entry per channel"]),
+    ],
+    ids=["channels", "too few dimensions", "by sample", "a flat one for video", "a flat one"],
+)
+def test_mean_and_std_that_do_not_fit_are_refused_with_the_cure(mean, shape, phrases):
+    std = torch.ones_like(torch.as_tensor(mean))
+    with pytest.raises(ValueError, match="mean and std") as error:
+        ThreatModel(0.1, mean=mean, std=std).check(torch.rand(shape))
+    assert all(phrase in str(error.value) for phrase in phrases)
+
+
+def test_mean_and_std_of_two_forms_are_refused():
+    with pytest.raises(ValueError, match=r"got 3 and shape \(3, 1, 1\)"):
+        ThreatModel(0.1, mean=MEAN, std=torch.ones(3, 1, 1))
+    assert ThreatModel(0.1, mean=0, std=torch.ones(3, 1, 1)).mean == (((0.0,),),) * 3
+
+
+def test_every_norm_has_its_rules():
+    assert balls().keys() == set(get_args(get_type_hints(ThreatModel)["norm"]))
+
+
+@given(norm=norms, eps=st.floats(1e-3, 1), seed=st.integers(0, 99))
+def test_a_projection_leaves_what_is_inside_and_brings_the_rest_to_the_edge(norm, eps, seed):
+    torch.manual_seed(seed)
+    threat = ThreatModel(eps, norm)
+    delta = torch.randn(5, 7) * torch.tensor([1e-3, 0.1, 1, 10, 1e3])[:, None] * eps
+    before = delta.clone()
+    threat.project(delta)
+    far = threat.distance(before)
+    assert torch.equal(delta[far <= eps * 0.999], before[far <= eps * 0.999])
+    torch.testing.assert_close(
+        threat.distance(delta)[far > eps], torch.full_like(far[far > eps], eps)
+    )

@@ -76,7 +76,7 @@ def main() -> None:
     options.add_argument("--json", type=Path, help="write the results there too")
     args = options.parse_args()
     if args.dry_run:
-        args.passes = args.replays = 2
+        args.passes, args.replays = 4, 2
         args.seeds = 1
     torch.set_num_threads(1)  # several would wait for one another: the network is small
     threat, steps = ThreatModel(args.eps), 1 if args.dry_run else 40

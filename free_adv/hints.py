@@ -1,0 +1,330 @@
+"""What a user is told of a likely mistake that is no error. Nothing here changes what is computed."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, distributed
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
+from torch.utils.hooks import RemovableHandle
+
+from free_adv.batch import tensors
+
+if TYPE_CHECKING:
+    from free_adv.loop import Loop
+
+LOOKS = 8  # in how many replays calls are compared, which waits for the device
+GAPS = 3  # how many times updates must lie equally far apart to be a rule
+
+
+class Hints:
+    """What one `FreeAdversarial` tells, each topic once."""
+
+    def __init__(self) -> None:
+        self.told: set[object] = set()
+        self.shapes = 0  # of how many sample shapes batches were looked at
+        self.bare: list[Tensor] = []  # what calls of `at` under no_grad were given
+        self.looks = 0  # in how many replays they were compared with others
+        self.updates: list[int] = []  # after how many batches an optimizer has stepped
+        self.driven = False  # whether `step` was called
+
+    def first(self, topic: object) -> bool:
+        """Whether the topic is new."""
+        new = topic not in self.told
+        self.told.add(topic)
+        return new
+
+    def tell(self, topic: str, text: str) -> None:
+        """Warn of a topic, once."""
+        if self.first(topic):
+            warn(text)
+
+    def of_the_loader(self, loop: Loop, loader: Any) -> None:
+        """Ranks that all read the same; a loader that begins anew after a state of mid-epoch."""
+        if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+            self.tell(
+                "dataset",
+                f"the loader is a dataset, {type(loader).__name__}, whose items would be taken for batches: wrap it, as "
+                "in DataLoader(dataset, batch_size=128, shuffle=True); ignore this if its items are batches",
+            )
+        many = distributed.is_available() and distributed.is_initialized()
+        many = many and distributed.get_world_size() > 1
+        if many and _plain(loader, RandomSampler, SequentialSampler):
+            self.tell(
+                "ranks",
+                "every rank trains on all the data: this DataLoader is not split between the ranks of "
+                "the process group. Call replay() after accelerator.prepare, or give the DataLoader a "
+                "DistributedSampler; ignore this if the dataset itself is already split by rank",
+            )
+        if loop.resumed and _plain(loader, RandomSampler):
+            self.tell(
+                "resumed",
+                f"the state was saved inside an epoch: {loop.flight.todo} replays that were left come first, and then "
+                "this shuffled DataLoader from its beginning, so that there are more updates than a schedule "
+                "expects. Save behind the loop, at the end of an epoch, or use a loader that resumes, such as "
+                "torchdata's StatefulDataLoader; ignore this if yours goes on where it was",
+            )
+
+    def of_the_batches(self, loop: Loop) -> None:
+        """Weights on another device; a tensor like an input that was not named."""
+        for optimizer in loop.optimizers[:1]:
+            self._of_the_device(loop, optimizer)
+        if len(loop.delta.seen) == self.shapes or "key" in self.told:
+            return
+        self.shapes = len(loop.delta.seen)
+        for micro in loop.flight.micros:
+            named = {i.path: i.given for i in micro.inputs}
+            shapes = {x.shape for x in named.values() if x.ndim > 1 and x[:1].numel() > 1}
+            for path, t in tensors(micro.batch):
+                if path in named or t.is_nested or t.shape not in shapes:
+                    continue
+                # An input may be its own target.
+                own = any(t is x or _equal(t, x) for x in named.values())
+                if t.is_floating_point() and not own:
+                    self.tell(
+                        "key",
+                        f"the batch holds a tensor like its input at {path}, which stays as it is: if it is an input "
+                        "too, such as a second view, name both, as in key=[0, 1]; ignore this if it is a target",
+                    )
+
+    def _of_the_device(self, loop: Loop, optimizer: Any) -> None:
+        inputs = [i for micro in loop.flight.micros for i in micro.inputs]
+        if not inputs or not self.first("device"):
+            return
+        here = inputs[0].x.device
+        there = next((p.device for g in optimizer.param_groups for p in g["params"]), here)
+        if here.type == "cpu" != there.type:
+            warn(
+                f"the batches are on the CPU and the weights on {there}, so that delta and its gradient cross "
+                f"between them in every replay: pass FreeAdversarial(..., device={str(there)!r}), which moves "
+                "each batch once; ignore this if delta is to stay in the host's memory"
+            )
+
+    def watch(self, loop: Loop) -> RemovableHandle:
+        """Look at optimizers as they step, whoever asked them to, until the first updates are through."""
+
+        def look(optimizer: Any, args: Any, kwargs: Any) -> None:
+            mine = optimizer in loop.optimizers
+            if not loop.optimizers:
+                self._of_the_device(loop, optimizer)
+            closure = len(args) > 1 or kwargs  # which has yet to make the gradients
+            if mine and not closure and self.first("weights"):
+                self._of_the_weights(loop)
+            if loop.moving:
+                return
+            if mine and loop.stepped:
+                self.tell(
+                    "steps",
+                    "the optimizer steps again after free.step(loss), which has moved the weights already: leave out "
+                    "optimizer.step(), zero_grad() and loss.backward(); ignore this if it is an update of your own",
+                )
+            self._of_the_gaps(loop)
+            if self.enough:
+                handle.remove()
+
+        handle = register_optimizer_step_pre_hook(look)
+        if self.enough:
+            handle.remove()
+        return handle
+
+    @property
+    def enough(self) -> bool:
+        """Whether there is nothing more to see of the optimizers."""
+        return len(self.updates) > GAPS or (self.driven and "step" in self.told)
+
+    def _of_the_weights(self, loop: Loop) -> None:
+        if all(p.grad is None for p in loop.parameters):
+            warn(
+                f"none of the {len(loop.parameters)} weights of the optimizer has a gradient, so that nothing is trained: "
+                "pass the optimizer of the model that the loss comes from; look for a model that was copied or wrapped "
+                "after the optimizer was made, and for frozen weights; ignore this if they are to stay as they are"
+            )
+
+    def _of_the_gaps(self, loop: Loop) -> None:
+        if self.updates and self.updates[-1] == loop.yielded:  # a further optimizer
+            return
+        self.updates.append(loop.yielded)
+        gaps = {b - a for a, b in itertools.pairwise(self.updates)}
+        even = len(self.updates) > GAPS and len(gaps) == 1
+        if even and (gap := gaps.pop()) > 1 and loop.accumulate == 1:
+            self.tell(
+                "gaps",
+                f"the optimizer steps after every {gap} batches of the replay, which are replays of one minibatch: if "
+                f"they are to be {gap} micro-batches of an update, pass FreeAdversarial(..., accumulate={gap}); "
+                "ignore this if there are to be fewer updates than replays",
+            )
+
+    def of_a_minibatch(self, loop: Loop, watch: RemovableHandle) -> None:
+        """Arguments that only `step` uses, once a minibatch is through without it; whether to go on watching."""
+        if loop.flight.latest is None:  # of a state, with nothing left to be yielded
+            return
+        given = {"scaler": loop.scaler, "max_grad_norm": loop.max_norm}
+        names = [f"{name}=" for name, value in given.items() if value is not None]
+        if self.first("step") and names and not self.driven:
+            warn(
+                f"{' and '.join(names)} {'does' if len(names) == 1 else 'do'} nothing here, since free.step(loss) is not "
+                "called: call it in place of zero_grad(), backward() and optimizer.step(), or leave the argument out "
+                "and scale and clip in the loop; ignore this if step is called later"
+            )
+        if self.enough:
+            watch.remove()
+
+    def of_the_turn(self, turns: set[int]) -> None:
+        """Batches out ahead that are of several replays."""
+        if len(turns) > 1:
+            self.tell(
+                "turn",
+                f"the batches that were taken ahead are replays {sorted(turns)} of a short minibatch, and turn is that of "
+                "the last one: take them one by one, or leave out a short last group (drop_last=True); ignore this if "
+                "nothing depends on it",
+            )
+
+    def of_the_epochs(self, n: int, made: int, replays: int) -> None:
+        """Epochs that cannot be divided by m."""
+        if made * replays > 1.25 * n:
+            self.tell(
+                "epochs",
+                f"epochs({n}) is {made}, and with replays={replays} that costs what {made * replays} natural epochs do: "
+                f"take a multiple of {replays}, or fewer replays; ignore this if the cost does not matter",
+            )
+
+    def of_a_bare_call(self, args: list[Tensor]) -> None:
+        """A call of the module `at` under no_grad."""
+        if "cached" not in self.told:
+            self.bare += args[:1]
+
+    def of_a_call(self, args: list[Tensor]) -> None:
+        """A call of the module `at` with gradients, maybe of samples that were through without."""
+        for old in self.bare if args else ():
+            t = args[0]
+            alike = old.ndim and (old.shape[1:], old.dtype, old.device) == (
+                t.shape[1:],
+                t.dtype,
+                t.device,
+            )
+            if alike and (old == t[:1]).reshape(len(old), -1).all(1).any():
+                self.tell(
+                    "cached",
+                    "samples that the module given as at has seen under torch.no_grad() come again with gradients in the "
+                    "same replay: without gradients they are not perturbed, so that features cached from that pass are "
+                    "those of the clean batch. Make that pass with gradients too, and detach() the features; ignore "
+                    "this if clean features are meant, as those for a log or of a teacher",
+                )
+
+    def of_an_update(self) -> None:
+        """Delta has moved: what comes next is another replay."""
+        if self.bare:
+            self.bare = []
+            self.looks += 1
+            if self.looks == LOOKS:
+                self.first("cached")
+
+    def of_the_gradient(self, shape: object, moved: Tensor) -> None:
+        """One that will be zero for half of the samples, of a shape that is new."""
+        if self.first(shape):
+            moved.register_hook(_vanishing)  # type: ignore[no-untyped-call]
+
+    def of_the_rank(self, theirs: list[int], mine: list[int]) -> None:
+        """A state of another rank."""
+        if theirs != mine:
+            warn(
+                f"the state is that of rank {theirs[0]} of {theirs[1]}, but this is rank {mine[0]} of {mine[1]}, "
+                "whose delta and minibatch in flight were others: save the state of each rank in a file of "
+                "its own; ignore this if the number of ranks has changed on purpose"
+            )
+
+
+def warn(text: str) -> None:
+    """Warn at the line outside this package, and outside of torch, from which it was called."""
+    level, frame = 1, sys._getframe()
+    inner = ("free_adv.", "torch.")
+    while frame.f_back and f"{frame.f_globals.get('__name__')}.".startswith(inner):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
+
+
+def doubt(
+    x: Tensor, seen: tuple[float, float], bounds: tuple[float, float] | None, eps: float
+) -> None:
+    """Warn of what is odd about the range of a batch, as the loader gave it and as `seen` in pixel units."""
+    (low, high), (first, last) = seen, (float(v) for v in x.aminmax())
+    range_ = f"the input's values run from {low:.3g} to {high:.3g} in pixel units"
+    odd = ""
+    if bounds and (first, last) != seen and bounds[0] <= first < last <= bounds[1]:
+        odd = (
+            f"mean and std are given, but the batch as the loader gives it runs from {first:.3g} to {last:.3g}, "
+            f"inside bounds {bounds}, as images do before normalisation: leave out mean and std, or normalise"
+        )
+    elif bounds and 0 < high - low < (bounds[1] - bounds[0]) / 10:
+        odd = (
+            f"{range_}, less than a tenth of bounds {bounds}: look whether images are divided by 255 twice, or "
+            "bounds are those of 0..255 for images in [0, 1]"
+        )
+    elif 0 < high - low < eps:
+        odd = f"{range_}, and eps={eps:g} is more than that: give eps in the units of the input"
+    if odd:
+        warn(f"{odd}; ignore this if it is meant")
+
+
+def frames(x: Tensor, mean: tuple[Any, ...] | None) -> None:
+    """Warn where the channels of a video may be dimension 2."""
+    flat = mean is not None and not isinstance(mean[0], tuple) and len(mean) > 1
+    if mean is not None and flat and x.ndim == 5 and x.shape[1] == x.shape[2] == len(mean):
+        warn(
+            f"mean and std are taken for those of dimension 1 of the input, of shape {tuple(x.shape)}, but dimension 2 "
+            "would fit as well: if that one has the channels, as in (N, frames, C, H, W), pass tensors of shape "
+            "(C, 1, 1); ignore this if dimension 1 has them"
+        )
+
+
+def masked(still: int, samples: int, what: str, when: str) -> str:
+    """What to say of samples that have no gradient."""
+    return (
+        f"the input gradient of {still} of {samples} samples is {what} {when}, so that they are not "
+        "moved: a model may look robust that is not. Look for a layer that rounds, probabilities in place of "
+        "logits, float16 without a GradScaler; in an evaluation try loss='cw', attack='autoattack' or float32"
+    )
+
+
+def _vanishing(grad: Tensor) -> None:
+    """Tell of a gradient that is zero for half of the samples; in float16 a tenth of their entries is enough."""
+    if grad.numel() and not grad.is_meta:
+        half = grad.dtype == torch.float16  # where what is too small becomes zero
+        zeros = (grad.detach().reshape(len(grad), -1) == 0).float().mean(1)
+        still = int((zeros >= (0.1 if half else 1)).sum())
+        if still >= len(grad) / 2:
+            what = "zero in a tenth of its entries or more" if half else "zero"
+            warn(masked(still, len(grad), what, "in this replay"))
+
+
+def _equal(t: Tensor, other: Tensor) -> bool:
+    return (
+        t.shape == other.shape
+        and t.device == other.device
+        and not t.is_meta
+        and bool((t == other).all())
+    )
+
+
+def _plain(loader: Any, *samplers: type) -> bool:
+    """Whether it is a DataLoader of torch's own, with one of these samplers."""
+    # Beside a batch sampler of the user's, the loader's own `sampler` says nothing.
+    batches = getattr(loader, "batch_sampler", None)
+    sampler = getattr(loader if batches is None else batches, "sampler", None)
+    return (
+        type(loader) is DataLoader
+        and type(sampler) in samplers
+        and type(batches) in (BatchSampler, type(None))
+    )
