@@ -122,10 +122,10 @@ def test_on_a_gpu_no_step_waits_for_it():
     model = network().cuda()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     free = FreeAdversarial(optimizer, eps=0.1, device="cuda", mean=0.5, std=0.2)
-    loader = [(x.pin_memory(), y.pin_memory()) for x, y in batches((4, 4, 4))]
-    replay = iter(free.replay(loader))
-    x, y = next(replay)
-    free.step(functional.cross_entropy(model(x), y))
+    images = [(free.threat.from_pixels(x, x.dtype), y) for x, y in batches((4, 4, 4))]
+    replay = iter(free.replay([(x.pin_memory(), y.pin_memory()) for x, y in images]))
+    for x, y in itertools.islice(replay, 4):  # the first minibatch, whose values are read
+        free.step(functional.cross_entropy(model(x), y))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for x, y in replay:
