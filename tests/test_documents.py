@@ -1,6 +1,7 @@
 """Every snippet that a reader can copy runs, and the texts hold to what they promise."""
 
 import ast
+import copy
 import functools
 import importlib.util
 import inspect
@@ -248,9 +249,9 @@ def test_the_loggers_get_the_report_of_every_epoch(names_for):
     assert len(logged) == 2
 
 
-def test_the_fine_tuning_of_a_pretrained_model_runs_from_a_folder_to_robust_weights(
-    tmp_path, monkeypatch, capsys
-):
+@pytest.fixture
+def fine_tuning(tmp_path, monkeypatch):
+    """The Python of that page, on a folder of small photographs."""
     monkeypatch.chdir(tmp_path)
     images, labels = load_digits(return_X_y=True)
     for label in (0, 1):
@@ -261,7 +262,7 @@ def test_the_fine_tuning_of_a_pretrained_model_runs_from_a_folder_to_robust_weig
             file.parent.mkdir(parents=True, exist_ok=True)
             pixels = (image.reshape(8, 8) * 255 / 16).astype("uint8")
             Image.fromarray(pixels).convert("RGB").resize((32, 32)).save(file)
-    script = "\n".join(blocks("docs/guide/finetune.md", "python"))
+    codes = blocks("docs/guide/finetune.md", "python")
     for old, new in {  # no network, a smaller model, fewer and smaller images
         'create_model("resnet18", pretrained=True,': 'create_model("test_resnet", pretrained=False,',
         'passes, eps = "photographs", 20,': 'passes, eps = "photographs", 8,',
@@ -271,14 +272,133 @@ def test_the_fine_tuning_of_a_pretrained_model_runs_from_a_folder_to_robust_weig
             "config = timm.data.resolve_model_data_config(model) | {'input_size': (3, 32, 32)}"
         ),
     }.items():
-        assert old in script
-        script = script.replace(old, new)
-    exec(script, names := {})
+        assert old in codes[0]
+        codes = [code.replace(old, new) for code in codes]
+    return codes
+
+
+def test_the_fine_tuning_of_a_pretrained_model_runs_from_a_folder_to_robust_weights(
+    fine_tuning, capsys
+):
+    exec("\n".join(fine_tuning[:2]), names := {})
     assert len(re.findall(r"epoch \d of 2: clean", capsys.readouterr().out)) == 2
     assert names["free"].delta.abs().max() == pytest.approx(4 / 255)
     assert names["schedule"].get_last_lr()[0] < 1e-3  # from 1e-2
     plain = timm.create_model("test_resnet", num_classes=2)
     plain.load_state_dict(torch.load("robust.pt", weights_only=True))
+
+
+def test_unfrozen_layers_train_from_their_time_on_and_delta_is_carried_over(fine_tuning):
+    first, _, new_optimizer, new_group = fine_tuning
+    exec(first.split("\nbest = ")[0], names := {})
+    cross_entropy, seen = names["cross_entropy"], []
+
+    def watched(output, y):
+        free, body = names.get("unfrozen", names["free"]), next(names["model"].parameters())
+        far = (names["x"] - free.clean).abs().max().item()
+        seen.append((far, body.detach().clone(), body.grad is None))
+        return cross_entropy(output, y)
+
+    for code in (new_optimizer, new_group):
+        seen.clear()
+        names.pop("unfrozen", None)
+        names["cross_entropy"] = watched
+        exec(code, names)
+        moved = [not torch.equal(a[1], b[1]) for a, b in itertools.pairwise(seen)]
+        assert moved == [False] * 8 + [True] * 7  # two batches, four replays each
+        assert [far > 0 for far, *_ in seen] == [False] + [True] * 15
+        assert all(none for *_, none in seen[8:])  # no gradient from before
+
+
+def test_the_ramp_of_the_guide_ends_at_the_whole_eps_and_is_judged_by_it(names_for, capsys):
+    (code,) = (b for b in blocks("docs/guide/schedules.md", "python") if "ramp" in b)
+    names, seen = names_for("docs/guide/schedules.md"), []
+    criterion = names["criterion"]
+
+    def watched(output, y):
+        seen.append((names["free"].eps, (names["x"] - names["free"].clean).abs().max().item()))
+        return criterion(output, y)
+
+    names["criterion"] = watched
+    exec(code, names)
+    assert len(seen) == 64  # four replayed epochs of two batches, eight times each
+    whole = 8 / 255
+    assert [eps for eps, _ in seen[1:]] == pytest.approx(
+        [whole * min(1, i / 32) for i in range(1, 64)]
+    )
+    assert seen[0][1] == 0
+    for (eps, _), (_, far) in itertools.pairwise(seen[1:]):
+        assert far == pytest.approx(eps, rel=1e-4)  # the step before, which was as long as its eps
+    assert capsys.readouterr().out.count("eps=8/255") == 4
+
+
+def test_the_teacher_of_the_guide_answers_each_minibatch_once(names_for):
+    (code,) = (b for b in blocks("docs/guide/loop.md", "python") if "teacher" in b)
+    names, asked, answers = names_for("docs/guide/loop.md"), [], []
+    model, criterion = names["model"], names["criterion"]
+
+    def watched(output, answer):
+        answers.append(answer)
+        return criterion(output, answer)
+
+    names["criterion"] = watched
+
+    def hear(module, args, out):
+        if module is not model:
+            asked.append((args[0].clone(), out))
+
+    model.register_forward_hook(hear)
+    exec(code, names)
+    assert len(asked) == 2
+    assert len(answers) == 16
+    for i, answer in enumerate(answers):
+        clean, out = asked[i // 8]
+        assert torch.equal(clean, names["loader"][i // 8][0])
+        assert torch.equal(answer, out.softmax(1))
+
+
+def test_the_video_of_the_guide_moves_by_eps_in_every_channel(names_for):
+    names = names_for("docs/guide/normalisation.md")
+    for code in blocks("docs/guide/normalisation.md", "python")[1:]:
+        exec(code, names)
+    far = (names["x"] - names["video"]).abs() * names["std"]
+    assert far[:, 0].amax((0, 2, 3)).tolist() == pytest.approx([8 / 255] * 3, rel=1e-4)
+    assert far[:, 1:].max() == 0  # frames that the loss does not see
+
+
+def test_cached_gradients_of_texts_are_those_of_the_whole_perturbed_batch(names_for):
+    names = names_for("docs/guide/text.md")
+    model, code = names["model"], blocks("docs/guide/text.md", "python")[0]
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    twin = copy.deepcopy(model)
+    exec(code, names)
+    free = FreeAdversarial(
+        torch.optim.AdamW(twin.parameters()),
+        eps=0.3,
+        step_size=0.1,
+        norm="l2",
+        at=twin.get_input_embeddings(),
+    )
+    for words, labels in free.replay(names["loader"]):
+        free.step(names["contrast"](twin.bert(words).pooler_output, labels))
+    assert free.delta.flatten(1).norm(dim=1).min() > 0.1
+    torch.testing.assert_close(names["free"].delta, free.delta, rtol=1e-3, atol=1e-5)
+    for one, two in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+
+
+def test_freelb_makes_one_update_a_batch_after_replays_with_one_dropout_mask(names_for):
+    names = names_for("docs/guide/text.md")
+    codes = blocks("docs/guide/text.md", "python")
+    (code,) = (b for b in codes if "optimizer.step()" in b and "free.turn" in b)
+    dropout, masks, updates = names["model"].bert.embeddings.dropout, [], []
+    dropout.register_forward_hook(lambda module, args, out: masks.append(out == 0))
+    names["optimizer"].register_step_post_hook(lambda *_: updates.append(len(masks)))
+    exec(code, names | {"embed": names["model"].get_input_embeddings()})
+    assert updates == [3, 6]
+    assert [torch.equal(a, b) for a, b in itertools.pairwise(masks)] == [1, 1, 0, 1, 1]
 
 
 def test_all_replays_of_a_text_have_one_dropout_mask(names_for):
@@ -287,7 +407,7 @@ def test_all_replays_of_a_text_have_one_dropout_mask(names_for):
     assert dropout.p > 0
     masks = []
     dropout.register_forward_hook(lambda module, args, out: masks.append(out == 0))
-    exec(blocks("docs/guide/text.md", "python")[0], names)
+    exec(blocks("docs/guide/text.md", "python")[1], names)
     assert len(masks) == 8
     for one, two in itertools.pairwise(masks):
         same = one is not masks[3]
@@ -333,7 +453,7 @@ def test_the_losses_of_the_guide_are_those_that_were_measured():
 
 def test_the_clean_loss_of_a_text_is_that_of_its_clean_embeddings(names_for, monkeypatch):
     names = names_for("docs/guide/text.md")
-    first, second = blocks("docs/guide/text.md", "python")[:2]
+    first, second = blocks("docs/guide/text.md", "python")[1:3]
     seen = []
     exec(first, names)
     body = names["model"].bert.embeddings
