@@ -103,7 +103,7 @@ def test_what_is_no_value_or_method_of_the_package_is_seen_before_the_run(check)
         "\"Literal['random']\"; expected \"Literal['carry', 'zero', 'uniform']\"",
         '"FreeAdversarial" has no attribute "steps"',
         "\"Literal['L2']\"; expected \"Literal['linf', 'l2']\"",
-        "\"Literal['dlr']\"; expected \"Literal['ce', 'cw']\"",
+        "\"Literal['dlr']\"; expected \"Literal['ce', 'cw'] | Callable",
     ):
         assert phrase in told
 

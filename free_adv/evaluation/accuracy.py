@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, distributed, nn
 
-from free_adv.attack import FLAT, demand
-from free_adv.checks import Loss, choice, positive
-from free_adv.checks import count as whole
-from free_adv.hints import masked, warn
-from free_adv.model import Model, modules
+from free_adv.evaluation.attack import Descent, levels
+from free_adv.evaluation.foreign import PARTS, autoattack
+from free_adv.evaluation.run import Attack, Run, Share, Stage
+from free_adv.evaluation.subject import Subject, within
+from free_adv.evaluation.task import Loss, PerSample, Task
 from free_adv.replay import Replay
-from free_adv.rounds import autoattack, descents
-from free_adv.run import Attack, Round, Run
 from free_adv.threat import ThreatModel
+
+NONE = torch.tensor([], device="cpu")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Evaluation:
         threat: The threat model.
         standing: By attack, or part of AutoAttack, the share that was still correct after it, in turn.
         clean_mask: Which images are classified correctly, bool of shape (N,), on the CPU, in the loader's order
-            (with `sharded`, of this rank's share).
+            (with `sharded`, of this rank's share); where `correct` returns shares, these.
         robust_mask: Which stay correct under every attack.
     """
 
@@ -44,8 +45,8 @@ class Evaluation:
     attack: str
     threat: ThreatModel
     standing: dict[str, float] = field(default_factory=dict, compare=False)
-    clean_mask: Tensor = field(default_factory=lambda: torch.tensor([]), repr=False, compare=False)
-    robust_mask: Tensor = field(default_factory=lambda: torch.tensor([]), repr=False, compare=False)
+    clean_mask: Tensor = field(default_factory=lambda: NONE, repr=False, compare=False)
+    robust_mask: Tensor = field(default_factory=lambda: NONE, repr=False, compare=False)
 
     def __str__(self) -> str:
         """For example `clean 84.30% robust 46.20% PGD steps=20 restarts=1  linf eps=8/255  10000 images`.
@@ -56,7 +57,7 @@ class Evaluation:
         name, *more = textwrap.wrap(self.attack, 24) or [""]
         row = (
             f"clean {_percent(self.clean)} robust {_percent(self.robust)} {name:<24} "
-            f"{self.threat.norm:<4} eps={_levels(self.threat.eps):<6} {self.count:>5} images"
+            f"{self.threat.norm:<4} eps={levels(self.threat.eps):<6} {self.count:>5} images"
         )
         if self.threat.bounds != (0, 1):
             more.append(f"bounds={self.threat.bounds}")
@@ -69,21 +70,17 @@ def _percent(share: float) -> str:
     return f"{share:6.2%}" if share < 1 else "  100%"
 
 
-def _levels(size: float) -> str:
-    """A length in pixel units as people write it, `8/255` where it is a small number of grey levels."""
-    levels = round(size * 255, 6)
-    return f"{levels:.0f}/255" if levels == round(levels) < 100 else f"{size:.4g}"
-
-
 def evaluate(
-    model: Model,
+    model: Callable[[Tensor], Any],
     loader: Iterable[Any],
     threat: ThreatModel,
     *,
     steps: int = 20,
     step_size: float | None = None,
     restarts: int = 1,
-    loss: Loss = "ce",
+    loss: Loss | PerSample = "ce",
+    samples: int = 1,
+    correct: PerSample | None = None,
     attack: Attack | str | Sequence[Attack | str | None] | None = None,
     autocast: torch.dtype | None = None,
     sharded: bool = False,
@@ -93,25 +90,31 @@ def evaluate(
     """Clean and robust accuracy of a classifier over a loader.
 
     Everything that the model runs is in evaluation mode and left as it was found: modes, parameter gradients,
-    batch-norm statistics, and the global random state. The same call gives the same numbers. Only
+    buffers, and the global random state. The same call gives the same numbers. Only
     images that are still classified correctly are attacked, collected into full batches.
 
     Args:
         model: Maps a batch to logits of shape (N, classes), of two classes or more: a module, or any callable.
-        loader: Yields batches `(x, y)`: inputs of shape (N, ...), class indices of shape (N,).
+            To anything, with `loss` and `correct` of one's own.
+        loader: Yields batches `(x, y)`: inputs of shape (N, ...), class indices of shape (N,); with `correct`,
+            what it takes, a tensor or a list with an entry for each sample.
         threat: The threat model, in pixel units, with `mean` and `std` if the loader normalises.
         steps: Gradient steps of PGD.
         step_size: Length of a step of PGD, in pixel units; see `pgd`.
         restarts: Random starts of PGD; the worst counts, and an image once fooled is not attacked again.
-        loss: What PGD ascends: "ce", the cross-entropy, or "cw", the margin loss; see `pgd`.
+        loss: What PGD ascends: "ce", the cross-entropy, or "cw", the margin loss, or a callable; see `pgd`.
+        samples: For a model that draws random numbers: how many passes each gradient is the mean of, and each
+            judgement; an image counts as right if most of its answers are.
+        correct: How an output is judged, in place of the class with the largest logit: `(output, y) -> (N,)`, True
+            or False for each sample, or a share from 0 to 1, such as an overlap, of which the mean is reported.
         attack: None or "pgd" for `pgd`; "autoattack" for the standard AutoAttack (Croce & Hein 2020, the `eval`
             extra); any `(model, x, y) -> x_adv`, in the units of the loader; or a list of these, of which
             the worst counts.
         autocast: Run the model under `torch.autocast` of this type, such as `torch.bfloat16`. None means in the
             model's own precision, also inside an autocast block.
         sharded: Each rank's loader yields a share of its own: add up over the process group. Every rank
-            must call, with a model that does not communicate: DDP is unwrapped, FSDP needs a full copy.
-            What a DistributedSampler repeats to make shares equal is counted once.
+            must call, with a model that does not communicate: DDP is kept from it, FSDP needs a full copy.
+            What a DistributedSampler or Accelerate repeats to make shares equal is counted once.
         device: Where to move the batches. None means where the model is.
         progress: Show a bar on a terminal, if tqdm is installed.
 
@@ -120,7 +123,8 @@ def evaluate(
         `standing` (after each attack), `clean_mask` and `robust_mask` (by image).
 
     Warns:
-        UserWarning: Images whose gradient is zero or not finite, so that PGD could not move them.
+        UserWarning: Images whose gradient is zero or not finite, so that PGD could not move them; a model that
+            answers differently twice; shares of ranks that hold images twice.
 
     Raises:
         ValueError: The loader is a replay, or empty, or its batches are not `(x, y)`; the model returns no logits, or `y` are
@@ -135,61 +139,76 @@ def evaluate(
         >>> result.count, result.attack, result.robust <= result.clean
         (20, 'PGD steps=10 restarts=1', True)
     """
-    demand(threat)
+    task = Task(loss, correct, samples)
+    descent = Descent(threat, task, steps, step_size, restarts)
     if isinstance(loader, Replay):
         raise ValueError(
             "loader is a replay, made for training: evaluate on a loader of test images, not wrapped"
         )
     if sharded and not (distributed.is_available() and distributed.is_initialized()):
         raise RuntimeError("sharded=True needs a process group: call init_process_group first")
-    if isinstance(model, DistributedDataParallel):  # ranks may differ in their number of passes
-        model = model.module
-    if device is None:
-        device = next((p.device for m in modules(model) for p in m.parameters()), None)
-    steps, restarts, flat = whole("steps", steps), whole("restarts", restarts), [0, 0]
-    size = 2.5 * threat.eps / steps if step_size is None else positive("step_size", step_size)
-    choice("loss", loss, Loss)
-    rounds: list[Round] = []
+    stages: list[Stage] = []
     names: list[str] = []
     for one in attack if isinstance(attack, list | tuple) else [attack]:
         if one is None or one == "pgd":
-            names.append(f"PGD{' (CW loss)' * (loss == 'cw')} steps={steps} restarts={restarts}")
-            names[-1] += "" if step_size is None else f" step_size={_levels(step_size)}"
-            rounds += descents(threat, steps, size, restarts, loss, names[-1], flat)
+            names.append(descent.name)
+            stages.append(Stage(descent, names[-1]))
         elif isinstance(one, str) and one == "autoattack":
             names.append("AutoAttack standard")
-            rounds += autoattack(threat)
+            stages += [Stage(autoattack(threat, task, part), part) for part in PARTS]
         elif callable(one):
             names.append(getattr(one, "__name__", type(one).__name__))
-            rounds.append(Round(one, names[-1]))
+            stages.append(Stage(one, names[-1]))
         else:
             raise ValueError(
                 f"attack must be None, 'pgd', 'autoattack', callable, or a list of these, got {one!r}"
             )
-    if not rounds:
+    if not stages:
         raise ValueError("attack is an empty list; None means PGD")
     name = ", ".join(names) + ("" if autocast is None else f" {autocast}".replace("torch.", ""))
-    run = Run(model, threat, rounds, autocast)
-    run.over(loader, device, sharded, progress, name)
-    if flat[0]:
-        warn(masked(flat[0], flat[1], *FLAT))
-    clean_mask, robust_mask = torch.cat(run.right), torch.zeros(run.count, dtype=torch.bool)
-    robust_mask[torch.cat(run.standing)] = True
-    fooled: dict[str, int] = {}
-    for r in rounds:
-        fooled[r.label] = fooled.get(r.label, 0) + r.fooled
-    totals = [run.count, int(clean_mask.sum()), *fooled.values()]
-    if sharded:
-        nccl = distributed.get_backend() == "nccl"
-        where = run.device or torch.device("cuda" if nccl else "cpu")
-        summed = torch.tensor(totals, device=where)
-        distributed.all_reduce(summed)
-        totals = summed.tolist()
+    if device is None:
+        places = (p.device for m in within(model, nn.Module) for p in m.parameters())
+        device = next((place for place in places if place.type != "meta"), None)
+    shown = bar(loader, name, progress and not (sharded and distributed.get_rank()))
+    share = Share(loader) if sharded else None
+    with Subject(model, torch.device("cpu" if device is None else device)) as subject, shown:
+        run = Run(subject, threat, task, autocast, shown)
+        images = run.right(loader, device, share)
+        for stage in stages:
+            images = run.through(stage, images)
+        for _ in images:  # draws them all through
+            pass
+    descent.tell()
+    totals = [len(run.clean), float(run.clean.sum()), *(stage.lost for stage in stages)]
+    if share is not None:
+        totals = share.summed(totals, run.device)
     count, left, *losses = totals
     if not count:
         raise ValueError("the loader is empty: there is nothing to evaluate on")
     clean, standing = left / count, {}
-    for label, lost in zip(fooled, losses, strict=True):
+    for stage, lost in zip(stages, losses, strict=True):
         left -= lost
-        standing[label] = left / count
-    return Evaluation(clean, left / count, count, name, threat, standing, clean_mask, robust_mask)
+        standing[stage.label] = left / count
+    masks = (m.bool() if run.whole else m for m in (run.clean, run.worst))
+    return Evaluation(clean, left / count, int(count), name, threat, standing, *masks)
+
+
+class NoBar(contextlib.nullcontext[None]):
+    """In place of a bar."""
+
+    def update(self, *_: str) -> None:
+        """Show nothing."""
+
+    set_postfix_str = update
+
+
+def bar(loader: Any, name: str, progress: bool) -> Any:
+    """A bar over the batches, where there is a terminal or a notebook to show it."""
+    try:
+        from tqdm.auto import tqdm  # type: ignore[import-untyped,unused-ignore]
+    except ImportError:
+        return NoBar()
+    if not progress or not ("notebook" in tqdm.__module__ or sys.stderr.isatty()):
+        return NoBar()
+    total = len(loader) if hasattr(loader, "__len__") else None
+    return tqdm(total=total, desc=name, leave=False)
