@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,8 @@ def autoattack(
 
     def attack(model: Any, x: Tensor, y: Tensor) -> Tensor:
         def on_unit_images(u: Tensor) -> Any:
-            return model(threat.from_pixels(low + (high - low) * u, x.dtype)).to(u.dtype)
+            with on(default):
+                return model(threat.from_pixels(low + (high - low) * u, x.dtype)).to(u.dtype)
 
         if x.ndim != 4:
             raise ValueError(
@@ -55,6 +57,9 @@ def autoattack(
             raise ValueError(
                 f"attack='autoattack' needs at least 4 classes, got {classes}; use PGD"
             )
+        # It draws on the default device and carries over: on the host, as for everybody else.
+        default = torch.get_default_device()
+        on: Any = contextlib.nullcontext if default.type == "cpu" else torch.device
         norm, eps = threat.norm.title(), threat.eps / (high - low)
         adversary = AutoAttack(on_unit_images, norm=norm, eps=eps, seed=0, device=x.device)
         adversary.attacks_to_run = [part]
@@ -63,7 +68,8 @@ def autoattack(
         # pyautoattack calls view(), which channels_last does not allow.
         pixels = threat.to_pixels(x)
         unit = ((pixels - low) / (high - low)).clamp(0, 1).float().contiguous()
-        found, _ = adversary.run_standard_evaluation(unit, y, batch_size=len(x))
+        with on("cpu"):
+            found, _ = adversary.run_standard_evaluation(unit, y, batch_size=len(x))
         moved = threat.perturb(x.to(pixels.dtype), low + (high - low) * found - pixels)
         return rounded(threat, x, moved)
 
