@@ -65,15 +65,14 @@ class Share:
 
     def __init__(self, loader: Any) -> None:
         self.images = 0  # in the dataset; 0 if it does not say
-        data = getattr(loader, "dataset", ())
-        if hasattr(data, "__len__"):
-            self.images = len(data)
         self.most: int | None = None
         self.accelerates: Any = None
         for inner in within(loader, DataLoader):
-            even = getattr(inner.batch_sampler, "even_batches", True)
-            if hasattr(inner, "end_of_dataloader") and even:
-                self.accelerates = inner
+            if hasattr(inner.dataset, "__len__"):
+                self.images = self.images or len(inner.dataset)
+            if hasattr(inner, "end_of_dataloader"):
+                even = getattr(inner.batch_sampler, "even_batches", True)
+                self.accelerates = inner if even else None
         samplers = [*within(loader, DistributedSampler)]
         if len(samplers) == 1:
             (sampler,) = samplers
