@@ -13,7 +13,6 @@ from torch import Tensor
 
 Norm = Literal["linf", "l2"]
 Start = Literal["carry", "zero", "uniform"]
-Loss = Literal["ce", "cw"]  # of PGD
 
 STRAYS = 0.1  # share of a batch that may lie outside the bounds (RandomErasing's noise, rounding)
 FAR = 4.0  # how many widths of the bounds even a stray value may be away

@@ -240,7 +240,9 @@ def rounded(threat: ThreatModel, x: Tensor, moved: Tensor) -> Tensor:
         return near
     base, delta = x.to(moved.dtype), threat.displacement(x, moved)
     limit: Any = threat.eps
-    if not threat.ball.entrywise:  # rounding errs both ways: shrink what it has made a little too long
+    if (
+        not threat.ball.entrywise
+    ):  # rounding errs both ways: shrink what it has made a little too long
         for _ in range(3):
             far = threat.distance(threat.displacement(base, near.to(moved.dtype)))
             far = far.reshape(-1, *[1] * (x.ndim - 1))

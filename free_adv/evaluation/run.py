@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, DistributedSampler
 
-from free_adv.hints import warn
 from free_adv.evaluation.attack import Descent
 from free_adv.evaluation.foreign import inside
 from free_adv.evaluation.subject import Subject, within
 from free_adv.evaluation.task import Task, apart, as_input, joined, rows
+from free_adv.hints import warn
 from free_adv.threat import ThreatModel
 
 Attack = Callable[[Any, Tensor, Any], Tensor]
