@@ -24,6 +24,7 @@ Kept = list[tuple[nn.Module, dict[str, tuple[Any, Tensor | None]]]]  # buffers, 
 
 LEAVES = (str, bytes, int, float, complex, type(None), CodeType, ModuleType, Tensor)
 HOLDERS = (list, tuple, dict, set, FunctionType, MethodType, functools.partial, nn.Module)
+REGISTERED = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 MANY = 1000  # a container of more is data
 FAR = 3000  # objects
 
@@ -182,8 +183,11 @@ def within(root: Any, kind: type[T]) -> Iterator[T]:
 def _inner(value: Any) -> list[Any]:
     """What an object holds; of a function also what it names, of an instance what its class holds."""
     if isinstance(value, nn.Module):  # not what is far from it, such as its trainer
-        own = (v for k, v in vars(value).items() if k not in ("_parameters", "_buffers"))
-        return [v for v in own if isinstance(v, HOLDERS) and (isinstance(v, nn.Module) or v)]
+        names: Any = vars(value).keys() - REGISTERED
+        if type(value).__module__.startswith("torch.nn."):  # where the rest is numbers
+            names = ("_forward_hooks", "_forward_pre_hooks")
+        own = [v for v in map(vars(value).get, names) if isinstance(v, HOLDERS)]
+        return [*value.children(), *(v for v in own if isinstance(v, nn.Module) or v)]
     if isinstance(value, FunctionType):
         codes, known = [value.__code__], value.__globals__
         for code in codes:  # it grows by those of functions inside
@@ -222,7 +226,9 @@ def _buffers(modules: list[nn.Module]) -> Kept:
         odd = b is None or nn.parameter.is_lazy(b) or b.is_meta or b.layout != torch.strided
         return None if odd or b.is_inference() or 0 in b.stride() else b.detach().clone()
 
-    return [(m, {name: (b, copied(b)) for name, b in m._buffers.items()}) for m in modules]
+    return [
+        (m, {name: (b, copied(b)) for name, b in m._buffers.items()}) for m in modules if m._buffers
+    ]
 
 
 def _put_back(kept: Kept) -> None:
