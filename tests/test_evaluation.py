@@ -357,3 +357,19 @@ def test_what_is_missing_for_an_evaluation_is_named(monkeypatch):
         evaluate(model, batches(), threat, attack="autoattack")
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     assert evaluate(model, batches(), threat, steps=1).count == 19
+
+
+@pytest.mark.parametrize("last", range(8))
+def test_the_images_that_fill_up_a_batch_are_no_further_starts(last):
+    model, (x, y) = network(), batches((512,))[0]
+    right = (model(x).argmax(1) == y).nonzero()[:, 0].roll(last)[:65]
+    x, y = x[right], y[right]
+    threat, start = ThreatModel(0.8), {"steps": 1, "step_size": 1e-3}
+    loader = list(zip(x.split(64), y.split(64), strict=True))
+    result = evaluate(model, loader, threat, progress=False, **start)
+    # The same draws by hand: a full batch, then an eighth of one, which holds one image only.
+    start["generator"], stands = torch.Generator().manual_seed(0), []
+    for rows in (torch.arange(64), torch.full((8,), 64)):
+        moved = pgd(model, x[rows], y[rows], threat, **start)
+        stands.append(model(moved).argmax(1) == y[rows])
+    assert torch.equal(result.robust_mask, torch.cat(stands)[:65])

@@ -198,12 +198,12 @@ class Run:
             filled = torch.arange(n, device="cpu") % len(which)
             batch = images[which[filled]]
             batch.start = start[filled]
-            self.standing(stage, batch)
+            self.standing(stage, batch, len(which))
             which, start = which[n:], start[n:]
         yield images[self.worst[images.number] > 0]
 
-    def standing(self, stage: Stage, images: Images) -> Images:
-        """The images of a batch that stand an attack from one start each."""
+    def standing(self, stage: Stage, images: Images, count: int | None = None) -> Images:
+        """The images of a batch that stand an attack from one start each; what is behind `count` fills up only."""
         self.bar.set_postfix_str(stage.label)
         x, y = images.x, images.y
         with self.precision(x):
@@ -215,7 +215,8 @@ class Run:
                 x_adv = inside(self.threat, x, x_adv, stage.label)
                 self.subject.still()
         before = self.worst.sum()
-        self.worst.scatter_reduce_(0, images.number, self.degree(self.answers(x_adv), y), "amin")
+        degree = self.degree(self.answers(x_adv), y)[:count]
+        self.worst.scatter_reduce_(0, images.number[:count], degree, "amin")
         stage.lost += float(before - self.worst.sum())
         return images[self.worst[images.number] > 0]
 
