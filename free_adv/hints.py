@@ -116,6 +116,8 @@ class Hints:
         """Look at optimizers as they step, whoever asked them to, until the first updates are through."""
 
         def look(optimizer: Any, args: Any, kwargs: Any) -> None:
+            if self.enough:  # it cannot go from here, where torch runs through all hooks
+                return
             mine = optimizer in loop.optimizers
             if not loop.optimizers:
                 self._of_the_device(loop, optimizer)
@@ -131,8 +133,6 @@ class Hints:
                     "optimizer.step(), zero_grad() and loss.backward(); ignore this if it is an update of your own",
                 )
             self._of_the_gaps(loop)
-            if self.enough:
-                handle.remove()
 
         handle = register_optimizer_step_pre_hook(look)
         if self.enough:

@@ -5,7 +5,10 @@ import warnings
 import pytest
 import torch
 from torch.nn import functional
-from torch.optim.optimizer import _global_optimizer_pre_hooks
+from torch.optim.optimizer import (
+    _global_optimizer_pre_hooks,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from free_adv import FreeAdversarial, ThreatModel, evaluate, pgd
@@ -220,6 +223,25 @@ def test_optimizers_are_watched_in_the_first_updates_and_no_longer():
                 watched.append(len(_global_optimizer_pre_hooks))
                 advance(model, free, x, y, optimizer if own else None)
         assert watched == [1] * 4 + [0] * 12
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_other_hooks_of_optimizers_run_as_ever(own):
+    seen = []
+    handles = [register_optimizer_step_pre_hook(lambda *_: seen.append(1)) for _ in range(2)]
+    try:
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        free = FreeAdversarial(optimizer, eps=0.1)
+        for i, (x, y) in enumerate(free.replay(batches((4, 4)))):
+            if i == 0:  # behind the library's
+                last = register_optimizer_step_pre_hook(lambda *_: seen.append(1))
+                handles.append(last)
+            advance(model, free, x, y, optimizer if own else None)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert len(seen) == 3 * 8
 
 
 def images():
