@@ -94,6 +94,7 @@ class Visit:
         leaves: The rows that have moved it, each a leaf that gets the gradient.
         calls: Those of the module `at` whose gradients are to come.
         through: How many samples have been through, by the number of the call.
+        behind: Whether a further batch was yielded after its calls.
         over: Whether the loop has moved on, so that a gradient would come too late.
     """
 
@@ -105,6 +106,7 @@ class Visit:
     leaves: dict[Rows, Tensor] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
     through: dict[str | int, int] = field(default_factory=dict)
+    behind: bool = False
     over: bool = False
 
     @property
@@ -229,8 +231,9 @@ class Flight:
     def next(self) -> Any:
         """The next batch in fresh containers, the perturbed inputs in their places."""
         self._close(self.past)
-        for visit in self.waiting:  # of no use any more, but for those that wait
-            if not visit.waits:
+        for visit in self.waiting:
+            visit.behind = bool(visit.leaves)
+            if not visit.waits:  # of no use any more
                 visit.clean = {}
         self.latest = stop = self.stops[len(self.waiting)]
         batch, inputs, size = self.minibatches[stop.minibatch][stop.micro]
@@ -304,8 +307,8 @@ class Flight:
     def _by_order(self, length: int, args: list[Tensor]) -> tuple[Visit | None, Call]:
         """The call of that output by its number since the last backward pass.
 
-        It belongs to the visit of the call before it, as long as that has samples or gradients to come; else, or
-        if another batch was yielded since, to the first such visit without a call.
+        It belongs to the visit of the call before it, as long as that has samples or gradients to come and no other
+        batch was yielded since; else to the first such visit without a call.
         """
         if not self.waiting:
             return None, Call(0, 0, length, 1)
@@ -314,7 +317,11 @@ class Flight:
             start, stop = piece(args[0], whole)
             if stop > start and not length % (stop - start):
                 size, first, of = stop - start, start, len(whole)
-        left = [v for v in self.waiting if v.waits or v.size - v.through.get(0, 0) >= size > 0]
+        left = [
+            v
+            for v in self.waiting
+            if not v.behind and (v.waits or v.size - v.through.get(0, 0) >= size > 0)
+        ]
         new = next((v for v in left if not v.calls), self.waiting[-1])
         visit = self.calling if self.calling in left else new
         number = sum(call.now and isinstance(call.which, int) for call in visit.calls)

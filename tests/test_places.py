@@ -188,6 +188,27 @@ def test_pieces_along_another_dimension_and_copies_of_pieces_are_known_by_their_
             assert not torch.equal(first - a[:2], second - a[2:])
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_copies_of_a_part_of_a_micro_batch_do_not_take_the_next_one_for_it(ahead):
+    """A model that leaves samples out, as those without a label: what is left of the last micro-batch stays out."""
+    at = nn.Identity()
+    free = FreeAdversarial(eps=EPS, replays=2, accumulate=2, at=at, start="uniform")
+    replay, used = iter(free.replay([torch.rand(4, 3), torch.rand(4, 3)])), []
+    for _ in range(2):
+        batches = [next(replay), next(replay)] if ahead else [None, None]
+        for i, x in enumerate(batches):
+            x = next(replay) if x is None else x
+            part = x[[0, 1, 2, 3]] if ahead else x[[0, 1, 2]] if i == 0 else x[[3]]
+            z = at(part)
+            used.append((z - part).detach())
+            z.sum().backward()
+    assert list(replay) == []
+    one, two = used[:2]
+    assert not torch.equal(one[:1], two[:1])
+    for before, after in zip(used[:2], used[2:], strict=True):  # each has gone up from where it was
+        torch.testing.assert_close(after, (before + EPS).clamp(max=EPS))
+
+
 def test_what_stands_first_in_a_batch_does_not_say_how_many_samples_it_has():
     words, y = torch.arange(50).view(10, 5), torch.arange(10) % 3
 
