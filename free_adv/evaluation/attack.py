@@ -191,7 +191,7 @@ class Descent:
         right = torch.ones_like(losses, dtype=torch.bool)
         if not callable(self.task.loss):
             right = torch.stack([classified(z, y).float() for z in outputs]).mean(0) > 0.5
-        return losses.nan_to_num(-torch.inf, torch.inf, -torch.inf), ~right
+        return torch.where(losses.isnan(), -torch.inf, losses), ~right  # nan_to_num is not XLA's
 
     def tell(self) -> None:
         """Warn of samples that had no gradient."""
@@ -240,9 +240,8 @@ def rounded(threat: ThreatModel, x: Tensor, moved: Tensor) -> Tensor:
         return near
     base, delta = x.to(moved.dtype), threat.displacement(x, moved)
     limit: Any = threat.eps
-    if (
-        not threat.ball.entrywise
-    ):  # rounding errs both ways: shrink what it has made a little too long
+    if not threat.ball.entrywise:
+        # Rounding errs both ways: shrink what it has made a little too long.
         for _ in range(3):
             far = threat.distance(threat.displacement(base, near.to(moved.dtype)))
             far = far.reshape(-1, *[1] * (x.ndim - 1))
