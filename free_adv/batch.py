@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-from collections import Counter
+from collections import Counter, UserList, deque
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from types import EllipsisType
 from typing import Any
@@ -97,12 +97,22 @@ def move(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         # A copy to the host must have arrived when it is read, and Metal reads while the host goes on.
         return value.to(device, non_blocking=device.type not in ("cpu", "mps"))
-    own = getattr(value, "to", None)
-    if callable(own) and not isinstance(value, Mapping | type | nn.Module):
-        return copy.copy(value).to(device)
+    own = not isinstance(value, Mapping | type | nn.Module)
+    if own and callable(getattr(value, "to", None)):
+        twin = copy.copy(value)
+        moved = twin.to(device)
+        return twin if moved is None else moved  # in place
     children = _children(value, {})
-    moved = {key: move(child, device) for key, child in (children or {}).items()}
-    return value if children is None else _like(value, moved)
+    pieces = {key: move(child, device) for key, child in (children or {}).items()}
+    return value if children is None else _like(value, pieces)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Every tensor and array."""
+    if isinstance(value, Tensor) or _is_array(value):
+        yield value
+    for child in (_children(value, {}) or {}).values():
+        yield from _leaves(child)
 
 
 def tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
@@ -115,7 +125,7 @@ def tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
 
 def samples(batch: Any) -> int:
     """How many samples a batch has: the length that most of its tensors have, the largest on a tie; else 1."""
-    lengths = Counter(t.size(0) for _, t in tensors(batch) if t.ndim)
+    lengths = Counter(len(t) for t in _leaves(batch) if t.ndim)
     return max(lengths, key=lambda n: (lengths[n], n), default=1)
 
 
@@ -198,26 +208,45 @@ def _children(value: Any, on_path: Iterable[Any]) -> dict[Any, Any] | None:
         return None
     if isinstance(value, Mapping):
         return {key: value[key] for key in value.keys()}  # noqa: SIM118 iteration may give others
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | deque | UserList):
         return dict(enumerate(value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if not on_path:
-        return None
-    beside = {k: v for k, v in getattr(value, "__dict__", {}).items() if isinstance(v, Tensor)}
-    return {**beside, **{key: _at(value, key)[0][1] for key in on_path}}
+        names = [field.name for field in dataclasses.fields(value)]
+        return {name: getattr(value, name) for name in names if hasattr(value, name)}
+    held = {**_held(value), **{key: _at(value, key)[0][1] for key in on_path}}
+    return held or None
+
+
+def _held(value: Any) -> dict[Any, Any]:
+    """What an object of the user's own holds, if that is tensors or arrays, alone or in plain containers."""
+    if isinstance(value, type | nn.Module) or _is_array(value):
+        return {}
+    if hasattr(value, "__getitem__") and callable(getattr(value, "keys", None)):  # a graph of PyG
+        held = {key: value[key] for key in value.keys()}  # noqa: SIM118
+    else:
+        slots = [s for c in type(value).__mro__ for s in getattr(c, "__slots__", ())]
+        held = {s: getattr(value, s) for s in slots if s[:2] != "__" and hasattr(value, s)}
+        held |= getattr(value, "__dict__", {})
+    return {key: v for key, v in held.items() if _is_data(v)}
+
+
+def _is_data(value: Any) -> bool:
+    if type(value) in (list, tuple, dict):
+        return any(map(_is_data, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, Tensor) or _is_array(value)
 
 
 def _like(value: Any, children: dict[Any, Any]) -> Any:
     """A container like `value` that holds `children` instead."""
     if isinstance(value, tuple):
-        items = children.values()
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        make = getattr(type(value), "_make", type(value))  # a named tuple's
+        return make(children.values())
     if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
         return type(value)(children)  # type: ignore[call-arg]
     twin = copy.copy(value)
-    if isinstance(value, list):
-        twin[:] = children.values()
+    if isinstance(value, list | deque | UserList):
+        for i, child in children.items():
+            twin[i] = child
         return twin
     # Where a container of the user's own keeps what it holds.
     for name, inner in getattr(twin, "__dict__", {}).items():

@@ -180,7 +180,8 @@ def channels(mean: Any, std: Any) -> tuple[Any, Any]:
         return None, None
     tensors = []
     for name, value in (("mean", mean), ("std", std)):
-        several = isinstance(value, list | tuple) and any(hasattr(v, "__len__") for v in value)
+        rows = value if isinstance(value, list | tuple) else ()
+        several = any(isinstance(v, list | tuple) or getattr(v, "ndim", 0) for v in rows)
         if several or getattr(value, "ndim", 0) > 1:
             t = torch.as_tensor(value, dtype=torch.float64, device="cpu")
             numbers(name, t.flatten())
@@ -190,12 +191,15 @@ def channels(mean: Any, std: Any) -> tuple[Any, Any]:
     if not (tensors[1] > 0).all():
         raise ValueError(f"std must be positive, got {std!r}")
     shapes = [tuple(t.shape) for t in tensors]
-    form = max(shapes, key=lambda shape: (len(shape), shape))
-    if any(shape not in (form, (1,)) for shape in shapes):
+    flat = {len(shape) > 1 for shape in shapes if shape != (1,)}
+    try:
+        means, stds = torch.broadcast_tensors(*tensors)  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        flat = {True, False}
+    if len(flat) > 1:
         had = [str(s[0]) if len(s) == 1 else f"shape {s}" for s in shapes]
         raise ValueError(f"mean and std must have one entry per channel, got {had[0]} and {had[1]}")
-    means, stds = (_nested(t.expand(form).tolist()) for t in tensors)
-    return means, stds
+    return _nested(means.tolist()), _nested(stds.tolist())
 
 
 def _nested(value: Any) -> Any:

@@ -288,21 +288,33 @@ class Flight:
         return self._move(*fits[0], output)
 
     def _known(self, length: int, args: list[Tensor]) -> tuple[Visit, Call] | None:
-        """The call of that output by what it was given: the largest piece of a batch that was yielded."""
-        found: tuple[Visit, Call] | None = None
+        """The call of that output by what it was given: the largest piece of a batch that was yielded.
+
+        What are the same samples of several tensors has a place of its own: two texts may have one mask.
+        """
         if any(t.grad_fn is not None for t in args):  # something computed, with a batch beside it
             return None
-        for visit, t in itertools.product([*self.past, *self.waiting], args):
-            for path, whole in visit.given:
-                start, stop = piece(t, whole)
-                size = stop - start
-                if (
-                    size
-                    and not length % size
-                    and (not found or found[1].stop - found[1].start < size)
-                ):
-                    found = visit, Call(named(path), start, stop, length // size)
-        return found
+        found: tuple[Visit, int, int] | None = None
+        names: set[str] = set()
+        for t in args:
+            fits = [
+                (visit, named(path), start, stop)
+                for visit in (*self.past, *self.waiting)
+                for path, whole in visit.given
+                for start, stop in (piece(t, whole),)
+                if stop > start and not length % (stop - start)
+            ]
+            if not (fits or found) and t.ndim and len(t) == length:
+                return None  # these samples are not the batch's; what stands behind is beside them
+            for visit, name, start, stop in fits:
+                if not found or found[2] - found[1] < stop - start:
+                    found, names = (visit, start, stop), set()
+                if found == (visit, start, stop):
+                    names.add(name)
+        if not found:
+            return None
+        visit, start, stop = found
+        return visit, Call("+".join(sorted(names)), start, stop, length // (stop - start))
 
     def _by_order(self, length: int, args: list[Tensor]) -> tuple[Visit | None, Call]:
         """The call of that output by its number since the last backward pass.

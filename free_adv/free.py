@@ -165,7 +165,6 @@ class FreeAdversarial:
             leads, mean over samples; `edge`, the share of delta at the edge of the ball; `loss`, as `step` sees it;
             and the numbers of `updates` and `skipped`. Each rank has its own.
         """
-        self._loop.settle()
         return self._loop.report.read(self._loop.replays)
 
     def epochs(self, n: int) -> int:
@@ -278,11 +277,14 @@ class FreeAdversarial:
         return f"FreeAdversarial({self.threat}, replays={self._loop.replays}, window={self._loop.window})"
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ASSIGNABLE or name.startswith("_"):
+        arguments = signature(FreeAdversarial).parameters
+        mine = name in arguments or hasattr(FreeAdversarial, name)
+        derived = type(self) is not FreeAdversarial and not mine  # a subclass's own
+        if name in ASSIGNABLE or name.startswith("_") or derived:
             super().__setattr__(name, value)
             return
         cure = "there is no such attribute, only eps and step_size can be assigned"
-        if name in signature(FreeAdversarial).parameters:
+        if name in arguments:
             cure = f"make a new FreeAdversarial(..., {name}=...)"
             if name in ("key", "at"):
                 cure += "; delta begins anew"

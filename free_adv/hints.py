@@ -38,7 +38,10 @@ class Hints:
         self.bare: list[Tensor] = []  # what calls of `at` under no_grad were given
         self.looks = 0  # in how many replays they were compared with others
         self.updates: list[int] = []  # after how many batches an optimizer has stepped
-        self.driven = False  # whether `step` was called
+        self.moved = False  # whether delta has
+        self.zeros: dict[
+            object, tuple[Tensor, bool]
+        ] = {}  # where gradients of a new shape are zero
 
     def first(self, topic: object) -> bool:
         """Whether the topic is new."""
@@ -116,13 +119,16 @@ class Hints:
         """Look at optimizers as they step, whoever asked them to, until the first updates are through."""
 
         def look(optimizer: Any, args: Any, kwargs: Any) -> None:
-            if self.enough:  # it cannot go from here, where torch runs through all hooks
+            if self.enough(loop):  # it cannot go from here, where torch runs through all hooks
                 return
             mine = optimizer in loop.optimizers
             if not loop.optimizers:
                 self._of_the_device(loop, optimizer)
             closure = len(args) > 1 or kwargs  # which has yet to make the gradients
-            if mine and not closure and self.first("weights"):
+            early = (
+                not loop.moving and loop.yielded == 1
+            )  # a loop may step before its first backward pass
+            if mine and not closure and not early and self.first("weights"):
                 self._of_the_weights(loop)
             if loop.moving:
                 return
@@ -135,14 +141,13 @@ class Hints:
             self._of_the_gaps(loop)
 
         handle = register_optimizer_step_pre_hook(look)
-        if self.enough:
+        if self.enough(loop):
             handle.remove()
         return handle
 
-    @property
-    def enough(self) -> bool:
+    def enough(self, loop: Loop) -> bool:
         """Whether there is nothing more to see of the optimizers."""
-        return len(self.updates) > GAPS or (self.driven and "step" in self.told)
+        return len(self.updates) > GAPS or (loop.driven and "step" in self.told)
 
     def _of_the_weights(self, loop: Loop) -> None:
         if all(p.grad is None for p in loop.parameters):
@@ -153,12 +158,14 @@ class Hints:
             )
 
     def _of_the_gaps(self, loop: Loop) -> None:
+        if loop.driven:  # these are optimizers of something else
+            return
         if self.updates and self.updates[-1] == loop.yielded:  # a further optimizer
             return
         self.updates.append(loop.yielded)
         gaps = {b - a for a, b in itertools.pairwise(self.updates)}
         even = len(self.updates) > GAPS and len(gaps) == 1
-        if even and (gap := gaps.pop()) > 1 and loop.accumulate == 1:
+        if even and (gap := gaps.pop()) > loop.accumulate:
             self.tell(
                 "gaps",
                 f"the optimizer steps after every {gap} batches of the replay, which are replays of one minibatch: if "
@@ -168,17 +175,17 @@ class Hints:
 
     def of_a_minibatch(self, loop: Loop, watch: RemovableHandle) -> None:
         """Arguments that only `step` uses, once a minibatch is through without it; whether to go on watching."""
-        if loop.flight.latest is None:  # of a state, with nothing left to be yielded
+        if not self.moved:  # all were skipped, or came from a state with nothing left
             return
         given = {"scaler": loop.scaler, "max_grad_norm": loop.max_norm}
         names = [f"{name}=" for name, value in given.items() if value is not None]
-        if self.first("step") and names and not self.driven:
+        if self.first("step") and names and not loop.driven:
             warn(
                 f"{' and '.join(names)} {'does' if len(names) == 1 else 'do'} nothing here, since free.step(loss) is not "
                 "called: call it in place of zero_grad(), backward() and optimizer.step(), or leave the argument out "
                 "and scale and clip in the loop; ignore this if step is called later"
             )
-        if self.enough:
+        if self.enough(loop):
             watch.remove()
 
     def of_the_turn(self, turns: set[int]) -> None:
@@ -209,10 +216,16 @@ class Hints:
         """A call of the module `at` with gradients, maybe of samples that were through without."""
         for old in self.bare if args else ():
             t = args[0]
-            alike = old.ndim and (old.shape[1:], old.dtype, old.device) == (
-                t.shape[1:],
-                t.dtype,
-                t.device,
+            alike = (
+                old.ndim
+                and t.ndim
+                and t[:1].numel() > 1
+                and (old.shape[1:], old.dtype, old.device)
+                == (
+                    t.shape[1:],
+                    t.dtype,
+                    t.device,
+                )
             )
             if alike and (old == t[:1]).reshape(len(old), -1).all(1).any():
                 self.tell(
@@ -225,6 +238,13 @@ class Hints:
 
     def of_an_update(self) -> None:
         """Delta has moved: what comes next is another replay."""
+        self.moved = True
+        while self.zeros:
+            zero, half = self.zeros.popitem()[1]
+            still = int((zero.float().mean(1) >= (0.1 if half else 1)).sum())
+            if still >= len(zero) / 2:
+                what = "zero in a tenth of its entries or more" if half else "zero"
+                warn(masked(still, len(zero), what, "in this replay"))
         if self.bare:
             self.bare = []
             self.looks += 1
@@ -233,8 +253,16 @@ class Hints:
 
     def of_the_gradient(self, shape: object, moved: Tensor) -> None:
         """One that will be zero for half of the samples, of a shape that is new."""
+
+        def look(grad: Tensor) -> None:  # each pass may be that of a part of the batch
+            if grad.numel() and not grad.is_meta:
+                zero = grad.detach().reshape(len(grad), -1) == 0
+                old = self.zeros.get(shape)
+                half = grad.dtype == torch.float16  # where what is too small becomes zero
+                self.zeros[shape] = (zero if old is None else zero & old[0]), half
+
         if self.first(shape):
-            moved.register_hook(_vanishing)  # type: ignore[no-untyped-call]
+            moved.register_hook(look)  # type: ignore[no-untyped-call]
 
     def of_the_rank(self, theirs: list[int], mine: list[int]) -> None:
         """A state of another rank."""
@@ -296,17 +324,6 @@ def masked(still: int, samples: int, what: str, when: str) -> str:
         "moved: a model may look robust that is not. Look for a layer that rounds, probabilities in place of "
         "logits, float16 without a GradScaler; in an evaluation try loss='cw', attack='autoattack' or float32"
     )
-
-
-def _vanishing(grad: Tensor) -> None:
-    """Tell of a gradient that is zero for half of the samples; in float16 a tenth of their entries is enough."""
-    if grad.numel() and not grad.is_meta:
-        half = grad.dtype == torch.float16  # where what is too small becomes zero
-        zeros = (grad.detach().reshape(len(grad), -1) == 0).float().mean(1)
-        still = int((zeros >= (0.1 if half else 1)).sum())
-        if still >= len(grad) / 2:
-            what = "zero in a tenth of its entries or more" if half else "zero"
-            warn(masked(still, len(grad), what, "in this replay"))
 
 
 def _equal(t: Tensor, other: Tensor) -> bool:

@@ -36,6 +36,7 @@ class Loop:
     max_norm: float | None
     newest: object = None  # the iterator that may go on
     yielded: int = 0  # how many batches
+    driven: bool = False  # whether `step` was ever called
     spent: bool = True  # whether the weights may have gradients that the next update is not to have
     report: Report = dataclasses.field(default_factory=Report)
     hints: Hints = dataclasses.field(default_factory=Hints)
@@ -150,6 +151,7 @@ class Loop:
                 "skip() expects a minibatch in flight: call it inside the replay's loop"
             )
         flight.skip()
+        self.spent = self.spent or self.driven
         self.report.skipped += 1
         if not flight.stops:
             self.leave()
@@ -170,6 +172,7 @@ class Loop:
     def leave(self) -> None:
         """Drop what is in flight: its gradients would come too late."""
         self.flight.close()
+        self.spent = self.spent or self.driven
 
     def clear(self) -> None:
         """Drop delta and any batch in flight."""

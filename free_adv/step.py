@@ -21,7 +21,7 @@ def step(loop: Loop, loss: Tensor) -> None:
             "step() needs an optimizer: FreeAdversarial(optimizer, eps=...), or call "
             "loss.backward() and optimizer.step() yourself"
         )
-    loop.hints.driven = True
+    loop.driven = True
     flight = loop.settle()
     index = next((i for i, visit in enumerate(flight.waiting) if visit.waits), None)
     if index is None:

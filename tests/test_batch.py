@@ -4,6 +4,7 @@ import collections
 import copy
 import dataclasses
 import itertools
+import types
 import warnings
 
 import numpy as np
@@ -437,6 +438,152 @@ def test_a_loader_may_use_its_memory_again(source, how, at):
     assert sorted(seen) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
+class Slots:
+    """An object that keeps its tensors in slots."""
+
+    __slots__ = ("more", "x", "y")
+
+    def __init__(self, x, y, more):
+        self.x, self.y, self.more = x, y, more
+
+
+class Graph:
+    """An object with keys, as a batch of PyG's."""
+
+    def __init__(self, x, y, more):
+        self._store = {"x": x, "y": y, "more": more}
+
+    def keys(self):
+        return self._store.keys()
+
+    def __getitem__(self, key):
+        return self._store[key]
+
+    def __getattr__(self, name):
+        if name == "_store" or name not in self._store:
+            raise AttributeError(name)
+        return self._store[name]
+
+    def __setattr__(self, name, value):
+        if name == "_store":
+            self.__dict__[name] = value
+        else:
+            self._store[name] = value
+
+
+OBJECTS = {
+    "attributes": lambda x, y, more: types.SimpleNamespace(x=x, y=y, more=more),
+    "slots": Slots,
+    "keys": Graph,
+}
+
+
+@pytest.mark.parametrize("make", OBJECTS.values(), ids=OBJECTS)
+@pytest.mark.parametrize("how", [{"key": "x"}, {"at": nn.Identity()}], ids=["key", "at"])
+def test_what_an_object_holds_comes_anew_and_the_loaders_own_stays(make, how):
+    batch = make(torch.rand(4, 3), torch.arange(4), {"a": [np.arange(4)]})
+    module = how.get("at", nn.Identity())
+    for b in FreeAdversarial(eps=EPS, replays=3, bounds=None, **how).replay([batch]):
+        assert b.y.tolist() == b.more["a"][0].tolist() == [0, 1, 2, 3]
+        b.y -= 1
+        b.more["a"][0][:] = 9
+        module(b.x).sum().backward()
+    assert batch.y.tolist() == batch.more["a"][0].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("make", OBJECTS.values(), ids=OBJECTS)
+def test_pieces_and_shares_of_an_object_are_those_of_its_tensors(make):
+    torch.manual_seed(0)
+    x, y = torch.rand(10, 3, dtype=torch.float64), torch.arange(10) % 3
+    results = []
+    for cuts in ([slice(0, 8), slice(8, 10)], [slice(0, 10)]):
+        model = nn.Linear(3, 3).double()
+        nn.init.eye_(model.weight)
+        nn.init.zeros_(model.bias)
+        at = nn.Identity()
+        free = FreeAdversarial(
+            torch.optim.SGD(model.parameters(), 0.1),
+            eps=EPS,
+            replays=2,
+            accumulate=len(cuts),
+            at=at,
+        )
+        loader = [make(x[cut], y[cut], {}) for cut in cuts]
+        for b in free.replay(loader):
+            half = len(b.y) // 2
+            z = torch.cat([at(b.x[half:]), at(b.x[:half])])  # in another order
+            free.step(functional.cross_entropy(model(z), torch.cat([b.y[half:], b.y[:half]])))
+        results.append(model.weight.detach().clone())
+    torch.testing.assert_close(*results, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("make", OBJECTS.values(), ids=OBJECTS)
+def test_an_object_whose_memory_the_loader_uses_again_is_trained_on_whole(make):
+    memory, seen = torch.zeros(4, 6), []
+
+    def loader():
+        batch = make(memory, torch.arange(4), {})
+        for i in range(4):
+            memory.fill_(i / 10)
+            yield batch
+
+    free = FreeAdversarial(eps=0.01, bounds=None, replays=2, window=2, key="x")
+    for b in free.replay(loader()):
+        b.x.sum().backward()
+        seen.append(round(10 * free.clean.mean().item()))
+    assert sorted(seen) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+class Named(collections.namedtuple("Named", "x y")):
+    """A named tuple with a constructor of its own."""
+
+    def __new__(cls, both):
+        return super().__new__(cls, *both)
+
+
+@dataclasses.dataclass
+class Late:
+    x: torch.Tensor
+    cache: object = dataclasses.field(init=False)
+
+
+class InPlace:
+    def __init__(self, x):
+        self.x = x
+
+    def to(self, device):
+        self.x = self.x.to(device)
+
+
+class Attributes(dict):
+    __getattr__ = dict.__getitem__
+
+
+@pytest.mark.parametrize(
+    ("batch", "key"),
+    [
+        (Named((X, Y)), "x"),
+        (Late(X), "x"),
+        (InPlace(X), "x"),
+        (Attributes(x=X), "x"),
+        (collections.deque([X, Y]), None),
+        (collections.UserList([X, Y]), None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_odd_containers_are_moved_and_copied_as_any_other(batch, key):
+    at = nn.Identity()
+    for window in (1, 2):
+        free = FreeAdversarial(
+            eps=EPS, replays=2, device="cpu", window=window, **({"key": key} if key else {"at": at})
+        )
+        for b in free.replay([batch] * 2):
+            assert type(b) is type(batch)
+            x = b["x"] if isinstance(b, dict) else b.x if key else at(b[0])
+            x.sum().backward()
+        assert (free.delta == EPS).all()
+
+
 IMAGES, TOKENS, LABELS = torch.rand(4, 3, 8, 8), torch.randint(0, 99, (4, 7)), torch.arange(4)
 MISTAKEN = {  # what is at the key, and the cure
     "labels first": ((LABELS, IMAGES), 0, "perhaps key=1"),
@@ -478,8 +625,11 @@ def test_a_packed_sequence_trains():
 
 
 def test_what_cannot_be_moved_says_so():
-    with pytest.raises(TypeError, match=r"device='meta' cannot move the Slotted .*to\(device\)"):
-        next(iter(FreeAdversarial(eps=EPS, key="image", device="meta").replay([Slotted(X, Y)])))
+    class Opaque:
+        image = property(lambda self: X)
+
+    with pytest.raises(TypeError, match=r"device='meta' cannot move the Opaque .*to\(device\)"):
+        next(iter(FreeAdversarial(eps=EPS, key="image", device="meta").replay([Opaque()])))
     with pytest.raises((TypeError, RuntimeError), match=r"device must be what Tensor\.to takes"):
         FreeAdversarial(eps=EPS, device="nowhere")
 

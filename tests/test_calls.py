@@ -289,6 +289,8 @@ def known(data, visit, n):
     if beside == "piece":  # of as many samples, behind it
         beside = (visit.batch["ids"][: stop - start],)
         beside = beside if len(beside[0]) == stop - start else ()
+        if beside and start == 0:  # the same samples of two tensors
+            path = "+".join(sorted({path, "['ids']"}))
     return Given((part, *beside), stop - start, rows, path, start)
 
 

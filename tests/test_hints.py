@@ -210,3 +210,53 @@ def test_gradients_that_are_off_come_first_among_the_causes():
     ):
         for x, _ in free.replay(batches()):
             x.sum()
+
+
+def test_an_optimizer_of_something_else_beside_step_is_no_accumulation(told):
+    model, other = network(), nn.Linear(2, 2)
+    free, beside = free_for(model, replays=8), torch.optim.SGD(other.parameters(), 0.1)
+    for i, (x, y) in enumerate(free.replay(batches((4,) * 3))):
+        free.step(loss_of(model, x, y))
+        if i % 2:
+            other(torch.rand(1, 2)).sum().backward()
+            beside.step()
+    assert told("accumulate=") == 0
+
+
+def test_more_micro_batches_by_hand_than_accumulate_says_are_told(told):
+    free = FreeAdversarial(eps=0.1, replays=4, accumulate=2)
+    by_hand(network(), 4, free, batches((4,) * 12))
+    assert told(f"{GAPS}4)") == 1
+
+
+def test_a_loop_that_steps_before_its_first_backward_pass_is_not_told(told):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for x, y in FreeAdversarial(optimizer, eps=0.1).replay(batches()):
+        optimizer.step()
+        optimizer.zero_grad()
+        loss_of(model, x, y).backward()
+    assert told("none of the") == 0
+
+
+def test_a_first_minibatch_that_is_skipped_says_nothing_of_step(told):
+    model = network()
+    free = free_for(model, max_grad_norm=1.0, replays=2)
+    for i, (x, y) in enumerate(free.replay(batches())):
+        if i == 0:
+            free.skip()
+            continue
+        free.step(loss_of(model, x, y))
+    assert told("does nothing here") == 0
+
+
+def test_samples_of_one_number_are_not_compared(told):
+    at = nn.Embedding(9, 3)
+    scale = torch.tensor(1.0)
+    at.register_forward_pre_hook(lambda module, args: args[-1:])
+    for ids in FreeAdversarial(eps=0.1, replays=2, at=at).replay([torch.arange(4)]):
+        with torch.no_grad():
+            at(torch.tensor([0, 8]))
+        at(ids).sum().backward()
+        at(scale, ids).sum().backward()
+    assert told("come again") == 0

@@ -189,3 +189,52 @@ def test_a_state_brings_the_eps_and_the_step_that_it_was_saved_with():
     other.load_state_dict(state)
     assert (other.eps, other.step_size, other.threat) == (0.05, 0.01, free.threat)
     assert in_ball(other)
+
+
+@pytest.mark.parametrize("left", ["skip", "break", "state"])
+def test_gradients_of_another_backward_pass_go_with_the_batch_that_is_left(left):
+    results = []
+    for dirty in (False, True):
+        model = network()
+        free = free_for(model, replays=2)
+        train(model, free, batches((8,)))
+        for _ in free.replay(batches((4,))):
+            if dirty:
+                sum(p.sum() for p in model.parameters()).backward()
+            if left == "skip":
+                free.skip()
+            elif left == "state":
+                free.load_state_dict({**free.state_dict(), "minibatches": None, "done": 0})
+            break
+        train(model, free, batches((8,)))
+        results.append(weights(model))
+    assert torch.equal(*results)
+
+
+def test_a_report_between_two_backward_passes_of_a_batch_takes_nothing_in():
+    results = []
+    for looks in (False, True):
+        model = network(torch.float64)
+        sgd = torch.optim.SGD(model.parameters(), 0.1)
+        free = FreeAdversarial(eps=0.1, replays=M)
+        for x, y in free.replay(batches((8, 8), dtype=torch.float64)):
+            sgd.zero_grad()
+            for cut in (slice(0, 4), slice(4, 8)):
+                (loss_of(model, x[cut], y[cut]) / 2).backward(retain_graph=True)
+                if looks:
+                    free.report()
+            sgd.step()
+        results.append(weights(model))
+    assert torch.equal(*results)
+
+
+def test_a_subclass_may_have_attributes_of_its_own():
+    class Mine(FreeAdversarial):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            self.log = []
+
+    free = Mine(eps=0.1)
+    free.log.append(1)
+    with pytest.raises(AttributeError, match="replays cannot be assigned"):
+        free.replays = 2

@@ -188,6 +188,30 @@ def test_pieces_along_another_dimension_and_copies_of_pieces_are_known_by_their_
             assert not torch.equal(first - a[:2], second - a[2:])
 
 
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("mask_first", [False, True])
+def test_two_texts_with_one_mask_keep_a_delta_each(mask_first, copied):
+    class Masked(nn.Module):
+        def forward(self, **given):
+            return given["ids"] * given["mask"]
+
+    at = Masked()
+    free = FreeAdversarial(eps=EPS, replays=2, bounds=None, at=at, start="uniform")
+    batch = {"a": torch.rand(4, 3), "b": torch.rand(4, 3), "mask": torch.ones(4, 1)}
+    for b in free.replay([batch]):
+        outs = []
+        for name in ("a", "b"):
+            ids = b[name].clone() if copied else b[name]
+            given = (
+                {"mask": b["mask"], "ids": ids} if mask_first else {"ids": ids, "mask": b["mask"]}
+            )
+            outs.append(at(**given) - b[name])
+        if mask_first and copied:
+            break  # all that is known is the mask
+        assert not torch.equal(outs[0], outs[1])
+        sum(o.sum() for o in outs).backward()
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 def test_copies_of_a_part_of_a_micro_batch_do_not_take_the_next_one_for_it(ahead):
     """A model that leaves samples out, as those without a label: what is left of the last micro-batch stays out."""

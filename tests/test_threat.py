@@ -266,6 +266,12 @@ def test_mean_and_std_of_two_forms_are_refused():
     with pytest.raises(ValueError, match=r"got 3 and shape \(3, 1, 1\)"):
         ThreatModel(0.1, mean=MEAN, std=torch.ones(3, 1, 1))
     assert ThreatModel(0.1, mean=0, std=torch.ones(3, 1, 1)).mean == (((0.0,),),) * 3
+    assert (
+        ThreatModel(0.1, mean=torch.zeros(3, 1, 1), std=torch.ones(1, 1, 1)).std == (((1.0,),),) * 3
+    )
+    wide = ThreatModel(0.1, mean=torch.zeros(3, 1, 1), std=torch.ones(1, 3, 1, 1))
+    assert wide.mean == ((((0.0,),),) * 3,)
+    assert ThreatModel(0.1, mean=[np.array(0.5)] * 2, std=1).mean == (0.5, 0.5)
 
 
 def test_every_norm_has_its_rules():
