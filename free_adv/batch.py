@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import sys
 from collections import Counter, UserList, deque
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
@@ -132,18 +133,19 @@ def samples(batch: Any) -> int:
 def piece(part: Tensor, whole: Tensor) -> tuple[int, int]:
     """Which samples of `whole` the memory of `part` is, from and to behind: none, (0, 0), if it is no such piece."""
     try:
-        part.untyped_storage().data_ptr()
+        memory = part.untyped_storage()
+        if memory is not whole.untyped_storage() or not whole.numel() or part.dtype != whole.dtype:
+            return 0, 0
+        memory.data_ptr()
     except (NotImplementedError, RuntimeError):  # XLA's: offsets say nothing
         return 0, 0
-    same = part.untyped_storage() is whole.untyped_storage()
-    sample = whole[:1].numel() if whole.ndim else 0
-    if not same or not sample or part.dtype != whole.dtype:
-        return 0, 0
     offset = int(part.storage_offset() - whole.storage_offset())
-    start, rest = divmod(offset, max(1, whole.stride(0)))
-    stop = start + part.numel() // sample
-    other = whole[start:stop]
-    if start < 0 or rest or part.numel() != other.numel() or _extent(part) != _extent(other):
+    start, rest = divmod(offset, max(1, whole.stride(0) if whole.ndim else 1))
+    shape = (part.numel() // whole.shape[1:].numel(), *whole.shape[1:])
+    stop = start + shape[0]
+    inside = whole.ndim and not rest and start >= 0 and stop <= len(whole)
+    same = inside and part.numel() == math.prod(shape)
+    if not same or _extent(part.shape, part.stride()) != _extent(shape, whole.stride()):
         return 0, 0
     return start, stop
 
@@ -169,9 +171,9 @@ def _is_array(value: Any) -> bool:
     return numpy is not None and isinstance(value, numpy.ndarray)
 
 
-def _extent(t: Tensor) -> int:
-    """How far from its first element the last one lies in memory."""
-    return sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+def _extent(shape: Iterable[int], strides: Iterable[int]) -> int:
+    """How far from the first element the last one lies in memory."""
+    return sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
 
 
 def _reach(batch: Any, path: Path) -> list[tuple[Path, Any]]:

@@ -116,7 +116,9 @@ class Loop:
         while update := self.flight.update():
             for visit in update:
                 for rows, grad in visit.gradients():
-                    self.report.gradient(visit.stop.turn, self.delta[rows], grad, self.delta.threat)
+                    if self.report.sums:
+                        delta = self.delta[rows]
+                        self.report.gradient(visit.stop.turn, delta, grad, self.delta.threat)
                     self.delta.ascend(rows, grad)
             self.flight.leave(update)
             self.report.updates += 1

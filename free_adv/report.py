@@ -22,7 +22,7 @@ class Report:
 
     def gradient(self, turn: int, delta: Tensor, grad: Tensor, threat: ThreatModel) -> None:
         """Note how delta and the gradient at the point that it has led to lie, before it moves."""
-        if self.sums and len(delta):
+        if len(delta):
             grad = grad.to(delta.device)
             # A unit of the loader, in pixel units.
             unit = threat.displacement(torch.zeros_like(grad), torch.ones_like(grad))
