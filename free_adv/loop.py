@@ -153,7 +153,6 @@ class Loop:
                 "skip() expects a minibatch in flight: call it inside the replay's loop"
             )
         flight.skip()
-        self.spent = self.spent or self.driven
         self.report.skipped += 1
         if not flight.stops:
             self.leave()
@@ -174,7 +173,6 @@ class Loop:
     def leave(self) -> None:
         """Drop what is in flight: its gradients would come too late."""
         self.flight.close()
-        self.spent = self.spent or self.driven
 
     def clear(self) -> None:
         """Drop delta and any batch in flight."""

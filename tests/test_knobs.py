@@ -191,26 +191,6 @@ def test_a_state_brings_the_eps_and_the_step_that_it_was_saved_with():
     assert in_ball(other)
 
 
-@pytest.mark.parametrize("left", ["skip", "break", "state"])
-def test_gradients_of_another_backward_pass_go_with_the_batch_that_is_left(left):
-    results = []
-    for dirty in (False, True):
-        model = network()
-        free = free_for(model, replays=2)
-        train(model, free, batches((8,)))
-        for _ in free.replay(batches((4,))):
-            if dirty:
-                sum(p.sum() for p in model.parameters()).backward()
-            if left == "skip":
-                free.skip()
-            elif left == "state":
-                free.load_state_dict({**free.state_dict(), "minibatches": None, "done": 0})
-            break
-        train(model, free, batches((8,)))
-        results.append(weights(model))
-    assert torch.equal(*results)
-
-
 def test_a_report_between_two_backward_passes_of_a_batch_takes_nothing_in():
     results = []
     for looks in (False, True):
