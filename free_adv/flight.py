@@ -273,8 +273,9 @@ class Flight:
         fits = [
             (visit, rows)
             for visit in self.waiting
-            for rows in visit.leaves
-            if visit.clean[rows].shape == output.shape
+            for rows, x in visit.clean.items()
+            if rows in visit.leaves
+            and x.shape == output.shape
             and (not known or (visit is known[0] and known[1].has(rows)))
         ]
         if len(fits) > 1:  # several calls of one shape

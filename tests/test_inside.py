@@ -635,3 +635,19 @@ def test_a_step_that_fails_and_is_tried_again_moves_the_same_rows():
             free.step(loss_of(model, batch))
         runs.append([*model.parameters(), *free.state_dict()["delta"]])
     assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_checkpoints_in_micro_batches_train_as_without(copied):
+    results = []
+    for checkpointed in (False, True):
+        model, _, free = reader(accumulate=2)
+
+        def run(words, model=model, checkpointed=checkpointed):
+            words = words.clone() if copied else words
+            return checkpoint(model, words, use_reentrant=False) if checkpointed else model(words)
+
+        for batch in free.replay(texts((5, 5, 5))):
+            free.step(functional.cross_entropy(run(batch["words"]), batch["label"]))
+        results.append([*model.parameters()])
+    assert all(map(torch.equal, *results))
