@@ -79,6 +79,15 @@ def same(one, other):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
 
 
+def train_by_hand(model):
+    """Each of the two views with a delta of its own."""
+    hand = ByHand(model.parameters())
+    for a, b, y in pairs():
+        for _ in range(M):
+            x = torch.cat([hand.rows("a", a), hand.rows("b", b)], 1)
+            hand.update(lambda x=x, y=y: functional.cross_entropy(model(x), y))
+
+
 def test_two_inputs_keep_a_delta_each_when_a_batch_is_shorter():
     model, twin = layers(8, 3), layers(8, 3)
     library(
@@ -87,11 +96,7 @@ def test_two_inputs_keep_a_delta_each_when_a_batch_is_shorter():
         lambda a, b, y: functional.cross_entropy(model(torch.cat([a, b], 1)), y),
         key=[0, 1],
     )
-    hand = ByHand(twin.parameters())
-    for a, b, y in pairs():
-        for _ in range(M):
-            x = torch.cat([hand.rows("a", a), hand.rows("b", b)], 1)
-            hand.update(lambda x=x, y=y: functional.cross_entropy(twin(x), y))
+    train_by_hand(twin)
     same(model.parameters(), twin.parameters())
 
 
@@ -117,11 +122,7 @@ def test_two_calls_of_a_module_keep_a_delta_each_when_a_batch_is_shorter(give):
         ),
         at=at,
     )
-    hand = ByHand(twin.parameters())
-    for a, b, y in pairs():
-        for _ in range(M):
-            x = torch.cat([hand.rows("a", a), hand.rows("b", b)], 1)
-            hand.update(lambda x=x, y=y: functional.cross_entropy(twin(x), y))
+    train_by_hand(twin)
     same(model.parameters(), twin.parameters())
 
 
