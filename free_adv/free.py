@@ -125,7 +125,7 @@ class FreeAdversarial:
 
         Wrap last: after `accelerator.prepare`, after any prefetching. Its length is *m* times the loader's;
         other attributes are the loader's own. Every replay yields the batch in fresh containers, with fresh tensors and
-        NumPy arrays; other objects are passed on as they are.
+        NumPy arrays, also in an object's attributes; what holds none is passed on as it is.
 
         Args:
             loader: Any iterable of batches. The input, at `key`, has shape (N, ...) and a floating dtype;
