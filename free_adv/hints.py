@@ -39,9 +39,8 @@ class Hints:
         self.looks = 0  # in how many replays they were compared with others
         self.updates: list[int] = []  # after how many batches an optimizer has stepped
         self.moved = False  # whether delta has
-        self.zeros: dict[
-            object, tuple[Tensor, bool]
-        ] = {}  # where gradients of a new shape are zero
+        # Where the gradients of a new shape are zero, and whether they are of float16.
+        self.zeros: dict[object, tuple[Tensor, bool]] = {}
 
     def first(self, topic: object) -> bool:
         """Whether the topic is new."""
