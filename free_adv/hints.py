@@ -213,19 +213,10 @@ class Hints:
 
     def of_a_call(self, args: list[Tensor]) -> None:
         """A call of the module `at` with gradients, maybe of samples that were through without."""
-        for old in self.bare if args else ():
+        for old in self.bare if args and args[0].ndim else ():
             t = args[0]
-            alike = (
-                old.ndim
-                and t.ndim
-                and t[:1].numel() > 1
-                and (old.shape[1:], old.dtype, old.device)
-                == (
-                    t.shape[1:],
-                    t.dtype,
-                    t.device,
-                )
-            )
+            form, other = ((a.shape[1:], a.dtype, a.device) for a in (t, old))
+            alike = old.ndim and form == other and t[:1].numel() > 1  # one number says little
             if alike and (old == t[:1]).reshape(len(old), -1).all(1).any():
                 self.tell(
                     "cached",
