@@ -55,6 +55,14 @@ def describe(x: Tensor) -> str:
     return f"a {x.dtype} tensor of shape {tuple(x.shape)} on {x.device}"
 
 
+def level(name: str, value: Any) -> float:
+    """`value` as a float, if it is a finite number and not negative."""
+    number = _number(name, value)
+    if not (number >= 0 and math.isfinite(number)):
+        raise ValueError(f"{name} must be finite and not negative, got {value!r}")
+    return number
+
+
 def positive(name: str, value: Any) -> float:
     """`value` as a float, if it is a positive finite number."""
     number = _number(name, value)
@@ -80,12 +88,12 @@ def choice(name: str, value: Any, kind: Any) -> None:
         raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {value!r}")
 
 
-def count(name: str, value: Any) -> int:
-    """`value` as an int, if it is a whole number of at least 1."""
+def count(name: str, value: Any, least: int = 1) -> int:
+    """`value` as an int, if it is a whole number and not too small."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be a whole number, got {type(value).__name__} {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
     return operator.index(value)
 
 

@@ -117,21 +117,26 @@ class Move(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, leaf: Tensor, threat: ThreatModel, arrived: Callable[[], object]
+        ctx: Any,
+        x: Tensor,
+        leaf: Tensor,
+        threat: ThreatModel,
+        arrived: Callable[[], object],
+        noise: Tensor | None,
     ) -> Tensor:
         """See `torch.autograd.Function`; `arrived` is told of the gradient, and raises if its time is over."""
         ctx.set_materialize_grads(False)  # a gradient that does not come is no gradient of zeros
         ctx.arrived, ctx.dtype = arrived, leaf.dtype
-        return threat.perturb(x, leaf)
+        return threat.perturb(x, leaf if noise is None else leaf + noise)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         """See `torch.autograd.Function`."""
         if grad is None:
-            return (None,) * 4
+            return (None,) * 5
         ctx.arrived()
         # A copy: its producer may use that memory again, as CUDA graphs do.
-        return grad if ctx.needs_input_grad[0] else None, finite(grad, ctx.dtype), None, None
+        return grad if ctx.needs_input_grad[0] else None, finite(grad, ctx.dtype), None, None, None
 
 
 def as_step_size(value: Any) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
@@ -174,6 +175,7 @@ class Flight:
         latest: The stop that was yielded last.
         moved: What delta has moved last.
         begun: How many rows of a buffer have begun with these minibatches.
+        noise: What lies beside the rows that have begun, if `level` is not 0: its radius, in radii of the ball.
     """
 
     def __init__(
@@ -184,8 +186,11 @@ class Flight:
         given: list[list[Any]],
         replays: int,
         done: int = 0,
+        ascents: int = 0,
+        level: float = 0.0,
     ) -> None:
         self.delta, self.hints, self.replays = delta, hints, replays
+        self.ascents, self.level = ascents, level
         for batch in itertools.chain(*given):  # refuse one before delta is touched
             for path in paths:
                 find(batch, path)
@@ -206,6 +211,7 @@ class Flight:
         self.latest: Stop | None = None
         self.moved: dict[Rows, Tensor] = {}
         self.begun: dict[Key, int] = {}
+        self.noise: dict[Key, Tensor] = {}
         self.calling: Visit | None = None  # to which the last call belongs, since the latest
 
     @property
@@ -235,10 +241,44 @@ class Flight:
             visit.behind = bool(visit.leaves)
             if not visit.waits:  # of no use any more
                 visit.clean = {}
-        self.latest = stop = self.stops[len(self.waiting)]
-        batch, inputs, size = self.minibatches[stop.minibatch][stop.micro]
-        self.waiting.append(visit := Visit(stop, size, not inputs))
+        self.latest = self.coming
+        visit = self._visit(self.latest)
+        self.waiting.append(visit)
+        return self._batch(visit)
+
+    @property
+    def coming(self) -> Stop:
+        """The stop that is yielded next."""
+        return self.stops[len(self.waiting)]
+
+    @property
+    def new(self) -> bool:
+        """Whether the micro-batch that is yielded next was not seen before: it may climb."""
+        turn, *of, _ = self.coming
+        return turn == 0 and not any(
+            self.begun[key] and [*key.place[:2]] == of for key in self.begun
+        )
+
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[tuple[Visit, Any]]:
+        """The batch that is yielded next, and a visit of its own, for a pass that no loop sees."""
+        self.latest = self.coming
+        visit, waiting = self._visit(self.latest), self.waiting
+        try:
+            self.waiting = [visit]  # to which the calls of `at` belong
+            yield visit, self._batch(visit)
+        finally:
+            self.waiting = waiting
+            self._close([visit])
+
+    def _visit(self, stop: Stop) -> Visit:
+        _, inputs, size = self.minibatches[stop.minibatch][stop.micro]
+        return Visit(stop, size, not inputs)
+
+    def _batch(self, visit: Visit) -> Any:
+        """The batch of a visit in fresh containers, the perturbed inputs in their places."""
         self.calling = None
+        batch, inputs, _ = self.minibatches[visit.stop.minibatch][visit.stop.micro]
         moved = []
         with torch.enable_grad():  # the loop may ask where they are off
             for path, given, x, rows in inputs:
@@ -247,7 +287,7 @@ class Flight:
                     t, visit.clean[rows] = t[0], x[0]
                 moved.append((path, dressed(t, given)))
         batch = rebuilt(batch, nested(moved))
-        if not inputs:
+        if visit.inside:
             visit.given = [*tensors(batch)]
         return batch
 
@@ -347,14 +387,24 @@ class Flight:
         """`x + delta` held inside the bounds; the gradient there arrives at the visit's leaf."""
         begun = self.begun.get(rows.key, 0)
         if rows.stop > begun:  # a resumed flight goes on with what had begun
-            self.delta.begin(Rows(rows.key, begun, rows.stop))
+            new = Rows(rows.key, begun, rows.stop)
+            self.delta.begin(new)
+            if self.level:
+                drawn = torch.empty_like(self.delta[new])
+                self.delta.threat.ball.draw(drawn, self.level * self.delta.threat.eps, None)
+                held = self.noise.get(rows.key)
+                self.noise[rows.key] = drawn if held is None else torch.cat([held, drawn])
             self.begun[rows.key] = rows.stop
         leaf = visit.leaves.get(rows)
         if leaf is None:
             leaf = visit.leaves[rows] = self.delta[rows].detach().requires_grad_()
         visit.clean[rows] = x.detach()
         self.moved = visit.clean
-        moved: Tensor = Move.apply(x, leaf, self.delta.threat, partial(visit.arrived, call))
+        noise = None
+        if rows.key in self.noise:
+            noise = self.noise[rows.key][rows.start : rows.stop].to(x.device)
+        arrived = partial(visit.arrived, call)
+        moved: Tensor = Move.apply(x, leaf, self.delta.threat, arrived, noise)
         if visit.stop.turn == self.replays - 1:  # before, weights may begin at zero
             self.hints.of_the_gradient(rows.key[1:], moved)
         return moved
@@ -386,7 +436,7 @@ class Flight:
         """The time of all that was yielded is over; what was moved last can still be seen."""
         self._close(self.past)
         self._close(self.waiting)
-        self.minibatches, self.stops, self.begun = [], [], {}
+        self.minibatches, self.stops, self.begun, self.noise = [], [], {}, {}
 
     def _close(self, visits: list[Visit]) -> None:
         for visit in visits:

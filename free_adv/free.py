@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from inspect import signature
 from types import EllipsisType
@@ -14,8 +15,9 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from free_adv import state as states
+from free_adv.ascents import Objective, as_ascents
 from free_adv.batch import as_paths
-from free_adv.checks import Norm, Start, as_device, count, positive
+from free_adv.checks import Norm, Start, as_device, count, level, positive
 from free_adv.delta import Delta, as_step_size
 from free_adv.layer import attach
 from free_adv.loop import Loop
@@ -24,7 +26,7 @@ from free_adv.step import as_optimizers, as_scaler, step
 from free_adv.threat import ThreatModel
 
 Key = int | str | EllipsisType | tuple[int | str | EllipsisType, ...]
-ASSIGNABLE = ("eps", "step_size")
+ASSIGNABLE = ("eps", "step_size", "ascents", "noise")
 PIXELS = (0.0, 1.0)  # the default of `bounds`: an output perturbed `at` a module has no such range
 
 
@@ -47,6 +49,12 @@ class FreeAdversarial:
             broadcasts over a sample, such as (C, 1, 1). None if it does not normalise.
         std: The standard deviation that the loader has divided by, in the same form.
         start: How delta begins a minibatch: "carry" goes on, as in the paper; "zero" or "uniform" (in the ball).
+        ascents: How often delta climbs by `objective` alone, right before a micro-batch is first yielded. 0 is the
+            paper's loop; with `replays=1` it is adversarial training by FGSM (1) or PGD (more).
+        objective: `f(batch) -> loss`, what the ascents climb: it gets the perturbed batch as the loop would and returns
+            a scalar, such as `criterion(model(batch[0]), batch[1])`, inside autocast if the loop's is.
+        noise: Radius, in units of `eps`, of uniform noise that is drawn once a minibatch and added beside delta: not
+            held in the ball, only in the bounds. 2 in N-FGSM (de Jorge et al. 2022, arXiv 2202.01181).
         scaler: A `torch.amp.GradScaler` for float16 autocast, driven by `step`.
         max_grad_norm: Clip the norm of the parameters' gradient in `step`. delta is never clipped by it.
         accumulate: Micro-batches per optimizer step; they are replayed as one minibatch.
@@ -65,7 +73,8 @@ class FreeAdversarial:
             the loop moves the batch: a copy is not recognised.
 
     `eps` and `step_size` can be assigned between two batches and count from the next replay on: delta is projected into
-    a smaller ball, `step_size=None` follows `eps`. `replays` and `window` can be read.
+    a smaller ball, `step_size=None` follows `eps`. `ascents` and `noise` count from the next minibatch on. `replays` and
+    `window` can be read.
 
     Raises:
         ValueError, TypeError: A value is out of range or of the wrong type; the message names the cure.
@@ -94,6 +103,9 @@ class FreeAdversarial:
         mean: float | Iterable[Any] | None = None,
         std: float | Iterable[Any] | None = None,
         start: Start = "carry",
+        ascents: int = 0,
+        objective: Objective | None = None,
+        noise: float = 0.0,
         scaler: GradScaler | None = None,
         max_grad_norm: float | None = None,
         accumulate: int = 1,
@@ -116,6 +128,9 @@ class FreeAdversarial:
             optimizers=as_optimizers(optimizer),
             scaler=as_scaler(scaler),
             max_norm=None if max_grad_norm is None else positive("max_grad_norm", max_grad_norm),
+            ascents=as_ascents(ascents, objective),
+            objective=objective,
+            noise=level("noise", noise),
         )
         if at is not None:
             attach(at, self._loop)
@@ -163,17 +178,19 @@ class FreeAdversarial:
         Returns:
             Lists by replay, nan where nothing was seen: `alignment`, the cosine of delta and the input gradient where it
             leads, mean over samples; `edge`, the share of delta at the edge of the ball; `loss`, as `step` sees it;
-            and the numbers of `updates` and `skipped`. Each rank has its own.
+            `ascents`, the alignment at each of them; and the numbers of `updates` and `skipped`. Each rank has its own.
         """
         return self._loop.report.read(self._loop.replays)
 
     def epochs(self, n: int) -> int:
-        """Epochs over the replayed loader that cost as much as `n` natural ones: `ceil(n / m)`.
+        """Epochs over the replayed loader that cost as much as `n` natural ones: `ceil(n / (m + 2/3 ascents))`.
 
-        Warns where rounding up costs over 1.25 n.
+        An ascent costs two thirds of a pass: its backward pass makes no gradients of weights. Warns where rounding up
+        costs over 1.25 n.
         """
-        made = -(-count("n", n) // self.replays)
-        self._loop.hints.of_the_epochs(n, made, self.replays)
+        cost = self.replays + 2 * self.ascents / 3
+        made = math.ceil(count("n", n) / cost - 1e-9)
+        self._loop.hints.of_the_epochs(n, made, cost)
         return made
 
     @property
@@ -198,6 +215,24 @@ class FreeAdversarial:
     @step_size.setter
     def step_size(self, value: float | None) -> None:
         self._loop.settle().delta.step_size = as_step_size(value)
+
+    @property
+    def ascents(self) -> int:
+        """How often delta climbs before a minibatch; assigned, it holds from the next minibatch on."""
+        return self._loop.ascents
+
+    @ascents.setter
+    def ascents(self, value: int) -> None:
+        self._loop.ascents = as_ascents(value, self._loop.objective)
+
+    @property
+    def noise(self) -> float:
+        """The radius of the noise, in units of `eps`; assigned, it holds from the next minibatch on."""
+        return self._loop.noise
+
+    @noise.setter
+    def noise(self, value: float) -> None:
+        self._loop.noise = level("noise", value)
 
     @property
     def replays(self) -> int:
@@ -247,11 +282,12 @@ class FreeAdversarial:
             A dict of tensors and plain values:
 
             - `version`: 3; `rank`: the rank and the number of ranks of the process group.
-            - `settings`: those of the threat model, `step_size` and `replays`. A loading object takes over `eps` and
-              `step_size`; the others must be its own.
+            - `settings`: those of the threat model, `step_size`, `ascents`, `noise` and `replays`. A loading object takes over `eps`,
+              `step_size`, `ascents` and `noise`; the others must be its own.
             - `delta`: a list of tensors of shape (rows, ...), in pixel units; `places`: where each belongs, the
               numbers of the minibatch in the window and of the micro-batch in it, and the path of the input or the
-              number of the call; `begun`: how many of its rows the minibatches in flight have begun with.
+              number of the call; `begun`: how many of its rows the minibatches in flight have begun with; `noise`: what
+              lies beside those rows.
             - `minibatches`: those in flight, each a list of batches, or None; `done`: updates made with them.
         """
         return states.dump(self._loop)
@@ -259,7 +295,7 @@ class FreeAdversarial:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`: the next `replay` first yields what is left of its minibatch.
 
-        Brings `eps` and `step_size`. An iterator that is under way ends.
+        Brings `eps`, `step_size`, `ascents` and `noise`. An iterator that is under way ends.
 
         Raises:
             ValueError, TypeError: The state is malformed or was made with other settings. Nothing is changed.
@@ -283,7 +319,7 @@ class FreeAdversarial:
         if name in ASSIGNABLE or name.startswith("_") or derived:
             super().__setattr__(name, value)
             return
-        cure = "there is no such attribute, only eps and step_size can be assigned"
+        cure = "there is no such attribute, only eps, step_size, ascents and noise can be assigned"
         if name in arguments:
             cure = f"make a new FreeAdversarial(..., {name}=...)"
             if name in ("key", "at"):

@@ -197,13 +197,13 @@ class Hints:
                 "nothing depends on it",
             )
 
-    def of_the_epochs(self, n: int, made: int, replays: int) -> None:
-        """Epochs that cannot be divided by m."""
-        if made * replays > 1.25 * n:
+    def of_the_epochs(self, n: int, made: int, cost: float) -> None:
+        """Epochs that cannot be divided by what one of them costs."""
+        if made * cost > 1.25 * n:
             self.tell(
                 "epochs",
-                f"epochs({n}) is {made}, and with replays={replays} that costs what {made * replays} natural epochs do: "
-                f"take a multiple of {replays}, or fewer replays; ignore this if the cost does not matter",
+                f"epochs({n}) is {made}, and each costs what {cost:.3g} natural ones do (replays + 2/3 ascents), in all "
+                f"{made * cost:.3g}: take more epochs, or fewer replays; ignore this if the cost does not matter",
             )
 
     def of_a_bare_call(self, args: list[Tensor]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from free_adv.ascents import Objective, climb
 from free_adv.batch import Path, move, rebuilt
 from free_adv.checks import CURES, OFF
 from free_adv.delta import Delta, Place
@@ -34,6 +35,9 @@ class Loop:
     optimizers: list[Optimizer]
     scaler: GradScaler | None
     max_norm: float | None
+    ascents: int = 0
+    objective: Objective | None = None
+    noise: float = 0.0
     newest: object = None  # the iterator that may go on
     yielded: int = 0  # how many batches
     driven: bool = False  # whether `step` was ever called
@@ -46,7 +50,16 @@ class Loop:
 
     def flight_of(self, delta: Delta, minibatches: list[list[Any]], done: int = 0) -> Flight:
         """Those minibatches, to be replayed."""
-        return Flight(delta, self.hints, self.paths, minibatches, self.replays, done)
+        return Flight(
+            delta,
+            self.hints,
+            self.paths,
+            minibatches,
+            self.replays,
+            done,
+            self.ascents,
+            self.noise,
+        )
 
     @property
     def resumed(self) -> bool:
@@ -100,8 +113,10 @@ class Loop:
     def next(self) -> Any:
         """The next batch; with the first of an update, the gradients of the one before go."""
         flight = self.flight
-        if self.spent and flight.stops[len(flight.waiting)].micro == 0:
+        if self.spent and flight.coming.micro == 0:
             self.clean_weights()
+        if flight.ascents and self.objective is not None and flight.new:
+            climb(flight, self.objective, self.scaler, self.report)
         self.yielded += 1
         return flight.next()
 

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from free_adv.ascents import as_ascents
 from free_adv.batch import move, rebuilt, tensors
-from free_adv.checks import describe
+from free_adv.checks import describe, level
 from free_adv.delta import Delta, Key
 from free_adv.flight import Flight
 from free_adv.loop import Loop
 from free_adv.threat import ThreatModel
 
 VERSION = 3
-BROUGHT = ("eps", "step_size")  # settings that a state brings with it
+BROUGHT = ("eps", "step_size", "ascents", "noise")  # settings that a state brings with it
 FORM: dict[str, tuple[Any, str]] = {  # a list stands for any number of its element
     "version": (int, "a number"),
     "settings": (Mapping, "a dict"),
@@ -25,6 +26,7 @@ FORM: dict[str, tuple[Any, str]] = {  # a list stands for any number of its elem
     "delta": ([Tensor], "a list of tensors"),
     "places": ([[(int, str)]], "a place for each delta"),
     "begun": ([int], "a number of rows for each delta"),
+    "noise": ([Tensor], "a list of tensors"),
     "minibatches": ([[object]], "a list of minibatches"),
     "done": (int, "a number of updates made"),
 }
@@ -40,6 +42,7 @@ def dump(loop: Loop) -> dict[str, Any]:
         "delta": [buffer.clone() for buffer in loop.delta.buffers.values()],
         "places": [key.place for key in loop.delta.buffers],
         "begun": [flight.begun.get(key, 0) for key in loop.delta.buffers],
+        "noise": [flight.noise.get(key, b[:0]).clone() for key, b in loop.delta.buffers.items()],
         # Copies: a view would take all the data that it is a view of into the file.
         "minibatches": [[_copy(micro.batch) for micro in m] for m in flight.minibatches] or None,
         "done": flight.done,
@@ -83,9 +86,15 @@ def load(loop: Loop, state: Any) -> None:
             raise ValueError(
                 f"state['begun'] must be a number of rows for each delta, got {state['begun']!r:.80}"
             )
+        if [n.shape[1:] for n in state["noise"]] != [b.shape[1:] for b in delta.buffers.values()]:
+            raise ValueError("state['noise'] must be a noise for each delta, of its shape")
         begun = dict(zip(delta.buffers, state["begun"], strict=True))
+        noise = {k: n.clone() for k, n in zip(delta.buffers, state["noise"], strict=True) if len(n)}
+        ascents = as_ascents(theirs["ascents"], loop.objective)
+        radius = level("noise", theirs["noise"])
         flight = _flight(loop, delta, state["minibatches"] or [], state["done"])
-        flight.begun = begun
+        flight.begun, flight.noise = begun, noise
+        flight.ascents, flight.level = ascents, radius
         delta.buffers = {key: b for key, b in delta.buffers.items() if loop.has(key.place)}
     except (ValueError, TypeError, MemoryError, torch.cuda.OutOfMemoryError):
         raise
@@ -93,6 +102,7 @@ def load(loop: Loop, state: Any) -> None:
         raise ValueError(f"state cannot be read: {error}") from error
     loop.leave()
     loop.newest = None
+    loop.ascents, loop.noise = ascents, radius
     loop.delta.threat, loop.delta.step_size = delta.threat, delta.step_size
     loop.delta.load(delta.buffers)
     flight.delta = loop.delta
@@ -171,7 +181,8 @@ def _buffers(
 def settings(loop: Loop) -> dict[str, Any]:
     """What a state and the object that loads it must agree on, or what it brings."""
     threat = dataclasses.asdict(loop.delta.threat)
-    return {**threat, "step_size": loop.delta.step_size, "replays": loop.replays}
+    more = {"replays": loop.replays, "ascents": loop.ascents, "noise": loop.noise}
+    return {**threat, "step_size": loop.delta.step_size, **more}
 
 
 def _rank() -> list[int]:

@@ -16,6 +16,7 @@ __all__ = [
     "delta_of",
     "keeping",
     "leaf",
+    "optimizers_of",
     "rows",
 ]
 
@@ -41,6 +42,11 @@ def leaf(free):
     """The rows of delta that wait for the gradient of the oldest batch in flight."""
     (found,) = free._loop.flight.waiting[0].leaves.values()
     return found
+
+
+def optimizers_of(free):
+    """What `step` drives."""
+    return free._loop.optimizers
 
 
 def rows(free):

@@ -91,7 +91,7 @@ def test_eps_counts_from_the_next_replay_on_and_delta_is_clipped_into_the_new_ba
         "replays": r"make a new FreeAdversarial\(..., replays=...\)$",
         "turn": "it can only be read",
         "delta": "it can only be read",
-        "epsilon": "there is no such attribute, only eps and step_size",
+        "epsilon": "there is no such attribute, only eps, step_size, ascents and noise",
     }.items(),
 )
 def test_what_cannot_be_assigned_is_refused_with_the_cure(name, cure):

@@ -332,7 +332,14 @@ def test_a_state_that_is_none_is_refused_and_nothing_is_changed():
         free.load_state_dict({**before, "version": 2})
     with pytest.raises(ValueError, match="no key=0"):
         free.load_state_dict(
-            {**before, "delta": [], "places": [], "begun": [], "minibatches": [[{"x": 1}]]}
+            {
+                **before,
+                "delta": [],
+                "places": [],
+                "begun": [],
+                "noise": [],
+                "minibatches": [[{"x": 1}]],
+            }
         )
     assert torch.equal(free.state_dict()["delta"][0], before["delta"][0])
 

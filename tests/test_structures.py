@@ -177,6 +177,7 @@ def test_device_moves_every_tensor_of_the_batch():
             "delta": [torch.zeros(6, 2, 5, 5)],
             "places": [(0, 0, "['x']")],
             "begun": [0],
+            "noise": [torch.zeros(0, 2, 5, 5)],
         }
     )
     batch = {"x": torch.rand(2, 2, 5, 5), "y": [torch.zeros(2)], "name": "a"}
