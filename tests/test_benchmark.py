@@ -10,7 +10,7 @@ import benchmark
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
-ALL = ["natural", "input-grad", "free", "free-public", "fgsm-rs", "pgd", "pgd-plain"]
+ALL = ["natural", "input-grad", "free", "free-public", "fgsm-rs", "n-fgsm", "pgd", "pgd-plain"]
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def data(tmp_path_factory):
 
 
 SMALL = (
-    "--model cnn-8 --replays 3 --passes 6 --batch-size 16 --lr 0.05 --held-out 10 --looks 3 --ema 0.9 "
+    "--model cnn-8 --replays 3 --ascent-cost 0 --passes 6 --batch-size 16 --lr 0.05 --held-out 10 --looks 3 --ema 0.9 "
     "--label-smoothing 0.1 --test-batch 9 --attacks pgd-20"
 )
 
@@ -146,7 +146,7 @@ def test_weights_that_are_the_last_and_the_best_are_attacked_once(data, tmp_path
 def test_attacks_may_have_another_radius_than_training(data, tmp_path):
     more = ["--test-eps", "2/255", "--norm-momentum", "0.02"]
     run = begin(data, *more)
-    assert run.threat.eps == run.free.threat.eps == 8 / 255
+    assert run.free.eps == 8 / 255
     norms = [m for m in run.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert norms
     assert {m.momentum for m in norms} == {0.02}
@@ -411,7 +411,8 @@ def test_the_help_shows_defaults_as_one_would_type_them(capsys):
 
     out = shown()
     assert "linf radius, pixels in [0, 1] (default: 8/255)" in out
-    assert "the paper's m (default: 8)" in out
+    assert "the paper's m (default: 8, or that of --method)" in out
+    assert "more ascents make fewer updates; 0 for as many (default: 2/3)" in out
     assert "on the test images (default: pgd-20 pgd-50 autoattack)" in out
     assert "decay of the averaged weights, such as 0.9995 (default: 0.0)" in out
     assert "None" not in out

@@ -40,13 +40,13 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from free_adv import FreeAdversarial, ThreatModel
+from free_adv import FreeAdversarial
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))  # nets, methods, plots, records
 import nets
 import plots
 import records
-from methods import batches, updates_per_batch
+from methods import batches, settings_of, updates_per_batch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -73,19 +73,26 @@ class Run:
             self.autocast = functools.partial(torch.autocast, device.type, DTYPES[dtype])
         if args.compile:
             self.model = torch.compile(self.model)
+        self.each = updates_per_batch(method, settings_of(method, EPS, args.replays)["replays"])
         source = endless(source, device, layout)
         if method == INPUT_GRAD:
             self.stream = ((x.detach().requires_grad_(), y) for x, y in source)
             return
-        free = FreeAdversarial(eps=EPS, replays=args.replays)
-        settings = ThreatModel(EPS), free, args.replays, torch.Generator(device), self.autocast
-        self.stream = iter(batches(method, source, self.model, *settings))
+        free = FreeAdversarial(
+            objective=lambda batch: self.scaler.scale(self.loss(*batch)),
+            **settings_of(method, EPS, args.replays),
+        )
+        self.stream = iter(batches(method, source, free, self.model, self.autocast))
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """What is trained on, and what ascents climb."""
+        with self.autocast():
+            return functional.cross_entropy(self.model(x), y)
 
     def train(self, updates: int) -> None:
         """Make some updates."""
         for x, y in islice(self.stream, updates):
-            with self.autocast():
-                loss = functional.cross_entropy(self.model(x), y)
+            loss = self.loss(x, y)
             if self.method == "free-public":
                 loss.item()  # its running mean is printed
             self.optimizer.zero_grad()
@@ -173,7 +180,7 @@ def measure(case: str, dtype: str, loaders: dict, args: argparse.Namespace) -> l
         # One update of an attack costs as much as the turns of the others.
         count = 1 if method.startswith("pgd") else args.replays
         if loaders:
-            count = updates_per_batch(method, args.replays) * len(loaders[method])
+            count = run.each * len(loaders[method])
         updates[method] = count
         for _ in range(2):  # warm-up
             run.train(count)

@@ -4,7 +4,7 @@ import argparse
 import math
 
 INPUT_GRAD = "input-grad"  # natural, with the gradient of the input that an adversary needs
-METHODS = "natural", INPUT_GRAD, "free", "free-public", "fgsm-rs", "pgd", "pgd-plain"
+METHODS = "natural", INPUT_GRAD, "free", "free-public", "fgsm-rs", "n-fgsm", "pgd", "pgd-plain"
 COUNTED = "natural", INPUT_GRAD, "free", "free-public"  # whose operations are counted
 
 

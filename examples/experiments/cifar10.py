@@ -3,10 +3,10 @@
     python examples/experiments/cifar10.py --data DIR --download --method free --out runs/free
 
 `--data` is a torchvision root of CIFAR, or a folder with `train/` and `test/` (or `val/`), each with one folder
-of images a class. The cost is stated in natural passes over the data: every method makes as many updates. Run the
-same command again and it goes on where it was, bit for bit as far as the device's kernels are deterministic; Ctrl-C
-loses nothing. It ends with a row for each attack, `result.json` and `curves.png`. Only free-public, which is there to
-compare with, starts anew.
+of images a class. The cost is stated in natural passes over the data, and an ascent costs two thirds of an update, so
+that a method with more ascents makes fewer updates. Run the same command again and it goes on where it was, bit for
+bit as far as the device's kernels are deterministic; Ctrl-C loses nothing. It ends with a row for each attack,
+`result.json` and `curves.png`. Only free-public, which is there to compare with, starts anew.
 """
 
 import argparse
@@ -21,14 +21,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import methods
 import numpy as np
 import plots
 import torch
 from images import class_folders
 from interrupts import Interrupts
-from methods import METHODS, batches, updates_per_batch
 from nets import Standardise, augment, create
-from options import Help, at_least, demand_autoattack, fraction, radius
+from options import Help, at_least, demand_autoattack, radius
 from records import environment, load, plain, random_state, save, set_random_state, write
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
@@ -44,7 +44,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "paper": {
         "model": "wrn-34-10",
         "activation": "leaky",
-        "replays": 8,
         "passes": 204.8,
         "batch_size": 128,
         "lr": 0.1,
@@ -63,6 +62,7 @@ ATTACKS: dict[str, dict[str, Any]] = {  # with steps of eps / 4, 2/255 where eps
     "pgd-20": {"steps": 20, "restarts": 10},
     "pgd-20-1": {"steps": 20, "restarts": 1},
     "pgd-50": {"steps": 50, "restarts": 10},
+    "cw-40": {"steps": 40, "restarts": 6, "loss": "cw"},
     "cw-50": {"steps": 50, "restarts": 10, "loss": "cw"},
     "autoattack": {"attack": "autoattack"},
 }
@@ -206,13 +206,11 @@ class Run:
         for module in self.model.modules():
             if isinstance(module, nn.BatchNorm2d) and args.norm_momentum is not None:
                 module.momentum = args.norm_momentum
-        self.threat, self.judged_by = ThreatModel(args.eps), ThreatModel(args.test_eps or args.eps)
+        self.judged_by = ThreatModel(args.test_eps or args.eps)
+        names = "eps", "replays", "window", "step_size", "start", "ascents", "noise"
         self.free = FreeAdversarial(
-            eps=args.eps,
-            replays=args.replays,
-            step_size=args.step_size,
-            start=args.start,
-            window=args.window,
+            objective=lambda batch: self.scaler.scale(self.loss(*batch)),
+            **{name: getattr(args, name) for name in names},
         )
         if args.held_out >= len(images):
             raise SystemExit(
@@ -230,7 +228,7 @@ class Run:
             )
         x, y = (images[held].float() / 255).to(**to), labels[held].to(self.device)
         self.held_out = list(zip(x.split(500), y.split(500), strict=True)) if len(held) else []
-        self.total = round(args.passes * len(rest) / args.batch_size)
+        self.total, self.changes = methods.plan(args, args.passes * len(rest) / args.batch_size)
         if not self.total:
             raise SystemExit(
                 f"--passes {args.passes:g} are not one update of {args.batch_size} images: take more passes"
@@ -244,7 +242,6 @@ class Run:
             )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
         self.criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
-        self.starts = torch.Generator(self.device).manual_seed(args.seed)
         self.step, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
         self.curve: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"score": -math.inf}
@@ -273,6 +270,11 @@ class Run:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.args.amp)
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """The training loss, which the ascents climb as well."""
+        with self.autocast():
+            return self.criterion(self.forward(x), y)
+
     @property
     def judged(self) -> nn.Module:
         """The model that is evaluated."""
@@ -284,7 +286,6 @@ class Run:
             **{name: getattr(self, name).state_dict() for name in names},
             **{n: getattr(self, n) for n in self.PLAIN},
             "position": [self.loader.epoch, self.loader.taken],
-            "starts": self.starts.get_state(),
             "random": random_state(),
             "identity": self.identity(),
         }
@@ -309,19 +310,18 @@ class Run:
         for name in self.PLAIN:
             setattr(self, name, state[name])
         self.loader.epoch, self.loader.taken = state["position"]
-        self.starts.set_state(state["starts"].cpu())
         set_random_state(state["random"])
 
     def updates(self):
         """Make the remaining updates; yield the loss after each."""
         args = self.args
-        settings = (self.free, args.replays, self.starts, self.autocast)
-        source = batches(args.method, self.loader, self.forward, self.threat, *settings)
+        settings = self.free, self.forward, self.autocast
+        source = methods.batches(args.method, self.loader, *settings)
         self.model.train()
+        methods.change(self.free, self.changes.get(0, {}))
         while self.step < self.total:
             for x, y in source:
-                with self.autocast():
-                    loss = self.criterion(self.forward(x), y)
+                loss = self.loss(x, y)
                 self.optimizer.zero_grad()
                 self.scaler.scale(loss).backward()
                 self.scaler.step(self.optimizer)
@@ -330,6 +330,7 @@ class Run:
                 if args.ema:
                     self.ema.update_parameters(self.model)
                 self.step += 1
+                methods.change(self.free, self.changes.get(self.step, {}))
                 yield loss.detach()
                 if self.step == self.total:
                     return
@@ -337,8 +338,8 @@ class Run:
     def noted(self) -> dict[str, list[float | None]]:
         """What the replays have seen since the last look, or since the run went on; None where nothing was."""
         report = self.free.report()
-        keys = ("alignment", "edge") if self.args.method == "free" else ()
-        return {k: [None if math.isnan(v) else v for v in report[k]] for k in keys}
+        keys = ("alignment", "edge", "ascents") if self.args.method in methods.SETTINGS else ()
+        return {k: [None if math.isnan(v) else v for v in report[k]] for k in keys if report[k]}
 
     def look(self) -> None:
         """Attack the held-out images; keep these weights if they are the best so far."""
@@ -477,7 +478,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--download", action="store_true", help="fetch CIFAR-10 into --data")
     add("--out", type=Path, default=Path("runs/cifar10"), help="folder of the run; goes on in it")
     add("--dry-run", action="store_true", help="a few updates on a few images, to see that it runs")
-    add("--method", choices=METHODS[:6], default="free", help="how to train")
+    add("--method", choices=methods.METHODS[:6], default="free", help="how to train")
     add("--model", default="resnet18", help="resnet18, preactresnet18, wrn-d-k, cnn-w or timm's")
     activations = ["relu", "leaky", "silu", "gelu"]
     add(
@@ -488,15 +489,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--pretrained", action="store_true", help="begin with timm's weights")
     add("--init", type=Path, help="begin with the weights.pt of another run")
-    add("--replays", type=whole, default=8, help="the paper's m")
-    add("--window", type=whole, default=1, help="minibatches that take turns in Free")
-    add("--passes", type=float, default=200.0, help="natural passes over the data: the cost")
-    add("--eps", type=radius, default="8/255", help="linf radius, pixels in [0, 1]")
-    step = "ascent step of Free, in the units of --eps (default: that of --eps)"
-    add("--step-size", type=fraction, help=step)
+    passes = "natural passes over the data: the cost"
+    add("--passes", type=float, default=200.0, help=passes)
+    methods.add_arguments(parser, 8, "8/255")
     radius_of_tests = "radius of the attacks, if another than that of training (default: --eps)"
     add("--test-eps", type=radius, help=radius_of_tests)
-    add("--start", choices=["carry", "zero", "uniform"], default="carry", help="delta of Free")
     add("--batch-size", type=whole, default=128, help="of an update")
     add("--lr", type=float, default=0.1, help="peak of the schedule")
     add("--schedule", choices=["onecycle", "multistep"], default="onecycle", help="of --lr")
@@ -528,6 +525,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default=device, help="where to train")
     parser.set_defaults(**RECIPES[recipe.parse_known_args(argv)[0].recipe])
     args = parser.parse_args(argv)
+    methods.complete(args, 8)
     if args.dry_run:
         for name, most in DRY.items():
             given = getattr(args, name)
@@ -589,7 +587,7 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
         "arguments": arguments(args),
         "environment": environment(run.device),
         "updates": run.total,
-        "updates_per_batch": updates_per_batch(args.method, args.replays),
+        "updates_per_batch": methods.updates_per_batch(args.method, args.replays),
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "training_images": len(run.loader.images),
         "seconds": run.seconds,

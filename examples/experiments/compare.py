@@ -18,7 +18,7 @@ from typing import Any
 
 import plots
 import torch
-from methods import batches, updates_per_batch
+from methods import batches, settings_of, updates_per_batch
 from records import environment, write
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
@@ -58,12 +58,13 @@ def train(
     method = METHODS[method]
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4)
     criterion = nn.CrossEntropyLoss()
-    free = FreeAdversarial(eps=threat.eps, replays=replays)
-    starts = torch.Generator().manual_seed(torch.initial_seed())
-    settings = model, threat, free, replays, starts, contextlib.nullcontext
-    source = batches(method, loader, *settings)
+    free = FreeAdversarial(
+        objective=lambda batch: criterion(model(batch[0]), batch[1]),
+        **settings_of(method, threat.eps, replays),
+    )
+    source = batches(method, loader, free, model, contextlib.nullcontext)
     epochs = free.epochs(passes) if method == "free" else passes
-    updates = epochs * len(loader) * updates_per_batch(method, replays)
+    updates = epochs * len(loader) * updates_per_batch(method, free.replays)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=updates)
     model.train()
     done = 0
@@ -127,8 +128,8 @@ def main() -> None:
     def begin(method: str) -> tuple[nn.Module, Iterator[None]]:
         model = copy.deepcopy(initial)
         loader, _ = data(args.batch_size, args.seed)
-        settings = threat, passes, args.replays, args.lr
-        return model, train(method, model, loader, *settings)
+        how = threat, passes, args.replays, args.lr
+        return model, train(method, model, loader, *how)
 
     for method in METHODS:  # the first pass of a process is slow: let it not count
         next(begin(method)[1])

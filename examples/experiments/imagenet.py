@@ -6,9 +6,9 @@ r"""ImageNet, or any folder of images, with any timm model: the paper's large ex
         --val imagenet/val --out runs/free
 
 `imagenet` holds train/ and val/ with a folder for each class. The cost is set by `--passes`, natural passes over
-the data: every method makes as many updates. The same command, given again, goes on from `--out/last.pt`, bit-equal to a
-run that was never stopped, as far as the kernels of the device are deterministic. `--out` must be a directory that
-all machines share.
+the data: an ascent costs two thirds of an update, and a method with more of them makes fewer updates. The same command,
+given again, goes on from `--out/last.pt`, bit-equal to a run that was never stopped, as far as the kernels of the device
+are deterministic. `--out` must be a directory that all machines share.
 
 On SIGTERM the job finishes its update, saves and exits with 143, which schedulers read as "not done, start it again"; 0 would
 tell them that it is done. On Ctrl-C it does the same and exits with 130. A torchrun that gets the signal hands it on, and exits with 1. With `--max-restarts` torchrun
@@ -42,7 +42,7 @@ import records
 import timm
 import torch
 from interrupts import Interrupts
-from options import Help, at_least, demand_autoattack, radius
+from options import Help, at_least, demand_autoattack
 from timm.models import load_checkpoint
 from torch import Tensor, distributed, nn
 from torch.nn import functional
@@ -124,7 +124,7 @@ class Training:
         if args.autoattack:
             demand_autoattack("--autoattack", self.classes)
         self.per_pass = count // self.batch  # updates
-        self.total = args.passes * self.per_pass
+        self.total, self.changes = methods.plan(args, args.passes * self.per_pass)
         if not self.per_pass:
             sys.exit(
                 f"--batch-size {args.batch_size} on each of {self.ranks} ranks needs {self.batch} images, "
@@ -165,10 +165,13 @@ class Training:
         else:
             self.optimizer = torch.optim.AdamW(net.parameters(), **settings)
         self.threat = ThreatModel(args.eps)
-        self.free = FreeAdversarial(eps=args.eps, replays=args.replays, window=args.window)
-        torch.manual_seed(images.seed_of(args.seed, self.rank))  # each rank has dropout of its own
-        starts = images.seed_of(args.seed, self.rank, 1)
-        self.generator = torch.Generator(device).manual_seed(starts)
+        names = "eps", "replays", "window", "step_size", "start", "ascents", "noise"
+        self.free = FreeAdversarial(
+            objective=lambda batch: self.loss(*batch),
+            **{name: getattr(args, name) for name in names},
+        )
+        # Each rank has dropout, starts and noise of its own.
+        torch.manual_seed(images.seed_of(args.seed, self.rank))
 
         self.facts = {"images": count, "classes": self.classes, "ranks": self.ranks}
         matter = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
@@ -194,7 +197,7 @@ class Training:
         start = time.perf_counter()
         progress = {"update": self.update, "seconds": self.seconds, "history": self.history}
         progress |= {"curve": self.curve, "losses": self.losses.item()}
-        own = {"free": self.free.state_dict(), "generator": self.generator.get_state()}
+        own = {"free": self.free.state_dict()}
         self.checkpoint.save(progress, own)
         say(f"saved update {self.update} in {time.perf_counter() - start:.1f} s")
 
@@ -205,7 +208,6 @@ class Training:
             self.history, self.curve = progress["history"], progress["curve"]
             self.losses += progress["losses"]
             self.free.load_state_dict(own["free"])
-            self.generator.set_state(own["generator"].cpu())
             say(f"goes on from update {self.update} of {self.total}, {self.checkpoint.last}")
 
     def load(self, **what: Any) -> images.Feed:
@@ -219,6 +221,12 @@ class Training:
             generator=torch.Generator(),  # or it would draw from the global one
         )
         return images.Feed(loader, self.device, self.layout)
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """The training loss, which the ascents climb as well."""
+        with self.autocast():
+            output = self.model(x).float()
+        return functional.cross_entropy(output, y, label_smoothing=self.args.label_smoothing)
 
     def train(self) -> None:
         """Make the updates that are left, or those before Ctrl-C or SIGTERM, after which the process ends."""
@@ -234,24 +242,24 @@ class Training:
         own = self.rank, self.ranks, args.seed
         plan = images.Plan(args.batch_size, self.per_pass, first, end, *own)
         feed = self.load(**self.data.training(plan))
-        peak, warmup = args.lr * self.batch / 256, round(args.warmup * self.per_pass)
+        peak, warmup = args.lr * self.batch / 256, round(args.warmup / args.passes * self.total)
         between = args.eval_every * self.per_pass
         saved = mark = time.perf_counter()
         lap = self.update, self.seconds, 0.0
         losses = torch.zeros((), device=self.device)
         self.model.train()
-        how = self.net, self.threat, self.free, args.replays, self.generator, self.autocast
-        for x, y in methods.batches(args.method, feed, *how):
+        methods.change(self.free, self.changes.get(self.update, {}))
+        settings = self.free, self.net, self.autocast
+        for x, y in methods.batches(args.method, feed, *settings):
             rate = peak * factor(args.schedule, self.update, self.total, warmup)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            with self.autocast():
-                output = self.model(x).float()
-            loss = functional.cross_entropy(output, y, label_smoothing=args.label_smoothing)
+            loss = self.loss(x, y)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
             self.update += 1
+            methods.change(self.free, self.changes.get(self.update, {}))
             if self.ema:
                 self.ema.update_parameters(self.net)
             losses += loss.detach()
@@ -342,11 +350,9 @@ def parse() -> argparse.Namespace:
     add("--model", default="resnet50", help="any name of timm's")
     add("--pretrained", action="store_true", help="begin with timm's weights")
     add("--init", type=Path, help="begin with the weights in this file")
-    ways = ["natural", "free", "pgd", "fgsm-rs"]
+    ways = ["natural", *methods.SETTINGS]
     add("--method", default="free", choices=ways, help="how to train")
-    add("--replays", type=whole, default=4, help="the paper's m")
-    add("--window", type=whole, default=1, help="minibatches that take turns")
-    add("--eps", type=radius, default="4/255", help="linf radius, pixels in [0, 1]")
+    methods.add_arguments(parser, 4, "4/255")
     add("--passes", type=whole, default=90, help="natural passes over the data: the cost")
     add("--batch-size", type=whole, default=256, help="of each rank")
     add("--lr", type=float, default=0.1, help="peak for 256 images an update, scaled linearly")
@@ -373,6 +379,7 @@ def parse() -> argparse.Namespace:
     add("--eval-images", type=whole, default=1000, help="for these looks")
     add("--autoattack", type=count, default=0, help="images to attack by AutoAttack at the end")
     args = parser.parse_args()
+    methods.complete(args, 4)
     if args.dry_run:
         for name, most in DRY.items():
             setattr(args, name, min(getattr(args, name), most))

@@ -1,80 +1,144 @@
-"""The ways to train that the experiments compare. Each is a loader round the loader: the loop stays as it is."""
+"""The ways to train that the experiments compare: settings of `FreeAdversarial`, and two attacks of others for their cost.
 
+The loop stays as it is, whichever it is.
+"""
+
+import argparse
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
+from options import at_least, fraction, radius
 from torch import Tensor, nn
 from torch.nn import functional
 
-from free_adv import FreeAdversarial, ThreatModel, pgd
+from free_adv import FreeAdversarial
 
-METHODS = "natural", "free", "pgd", "fgsm-rs", "n-fgsm", "free-public", "pgd-plain"
+SETTINGS: dict[str, dict[str, Any]] = {  # `step` in radii
+    "free": {},
+    # A step of 1.25 eps from a random start (Wong et al. 2020).
+    "fgsm-rs": {"replays": 1, "ascents": 1, "start": "uniform", "step": 1.25},
+    # A step of eps from noise of up to 2 eps that no ball holds (de Jorge et al. 2022).
+    "n-fgsm": {"replays": 1, "ascents": 1, "start": "zero", "noise": 2.0},
+    "pgd": {"replays": 1, "ascents": 7, "start": "uniform", "step": 0.25},  # PGD-7
+}
+METHODS = "natural", *SETTINGS, "free-public", "pgd-plain"
+ASSIGNED = {"eps": radius, "step_size": fraction, "ascents": at_least(0), "noise": fraction}
 Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+def add_arguments(parser: argparse.ArgumentParser, replays: int, eps: str) -> None:
+    """The arguments of the methods; `complete` gives those that are left out their defaults."""
+    add, whole, count = parser.add_argument, at_least(1), at_least(0)
+    own = "(default: that of --method)"
+    add("--replays", type=whole, help=f"the paper's m (default: {replays}, or that of --method)")
+    add("--window", type=whole, default=1, help="minibatches that take turns")
+    add("--eps", type=radius, default=eps, help="linf radius, pixels in [0, 1]")
+    add("--step-size", type=fraction, help=f"ascent step, in the units of --eps {own}")
+    add("--start", choices=["carry", "zero", "uniform"], help=f"delta of a minibatch {own}")
+    add("--ascents", type=count, help=f"of delta alone, before a minibatch {own}")
+    add("--noise", type=fraction, help=f"beside delta, in radii {own}")
+    later = "from this share of the cost on: --later 0.3 ascents=1 noise=2; may be given again"
+    add(
+        "--later",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("SHARE", "NAME=VALUE"),
+        help=later,
+    )
+    cost = "what an ascent costs, in updates: more ascents make fewer updates; 0 for as many"
+    add("--ascent-cost", type=fraction, default="2/3", help=cost)
+
+
+def settings_of(method: str, eps: float, replays: int) -> dict[str, Any]:
+    """The arguments of `FreeAdversarial` that a method is, with the paper's m where it has none of its own."""
+    usual = {"start": "carry", "ascents": 0, "noise": 0.0, "step": None}
+    found = {"eps": eps, "replays": replays, **usual, **SETTINGS.get(method, {})}
+    step = found.pop("step")
+    return {**found, "step_size": None if step is None else step * eps}
+
+
+def complete(args: argparse.Namespace, replays: int) -> None:
+    """Give what was not asked for the value of its method."""
+    for name, value in settings_of(args.method, args.eps, replays).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def plan(args: argparse.Namespace, updates: float) -> tuple[int, dict[int, dict[str, Any]]]:
+    """How many updates a run makes, and what is assigned to `FreeAdversarial` behind which of them.
+
+    Args:
+        args: With those of `add_arguments`, complete.
+        updates: How many natural training makes at that cost.
+
+    Raises:
+        SystemExit: `--later` cannot be read.
+    """
+    made, begin, ascents = 0.0, 0.0, args.ascents
+    changes: dict[int, dict[str, Any]] = {}
+    for share, *texts in [*args.later, ["1"]]:
+        end = fraction(share)
+        if not begin <= end <= 1:
+            raise SystemExit(f"--later {share}: shares rise, from 0 to 1")
+        made += (end - begin) * updates / (1 + args.ascent_cost * ascents / args.replays)
+        change = {}
+        for text in texts:
+            name, _, value = text.partition("=")
+            if name not in ASSIGNED:
+                raise SystemExit(f"--later {share} {text}: NAME=VALUE of {', '.join(ASSIGNED)}")
+            change[name] = ASSIGNED[name](value)
+        ascents = change.get("ascents", ascents)
+        if change:
+            changes[round(made)] = change
+        begin = end
+    return round(made), changes
+
+
+def change(free: FreeAdversarial, settings: dict[str, Any]) -> None:
+    """Assign what holds from now on."""
+    for name, value in settings.items():
+        setattr(free, name, value)
 
 
 def batches(
     method: str,
     loader: Batches,
-    model: nn.Module,
-    threat: ThreatModel,
     free: FreeAdversarial,
-    replays: int,
-    generator: torch.Generator,
+    model: nn.Module,
     autocast: Callable[[], AbstractContextManager],
 ) -> Batches:
     """The batches that `method` trains on, in a loop that makes one update with each.
 
     Args:
-        method: "natural"; "free"; "pgd", PGD-7 with steps of eps / 4; "fgsm-rs", one step of 1.25 eps from a
-            uniform start (Wong et al. 2020); "n-fgsm", a step of eps from noise of up to 2 eps, not held in the
-            ball (de Jorge et al. 2022); "free-public", the way of the public ImageNet implementation,
+        method: "natural"; one of `SETTINGS`; "free-public", the way of the public ImageNet implementation,
             which clamps inside the graph; "pgd-plain", PGD-7 whose steps call `loss.backward()`.
         loader: Yields images in the threat model's units, and labels.
-        model: Maps them to logits.
-        threat: The threat model.
-        free: The object whose `replay` "free" uses; it has no optimizer.
-        replays: m of "free-public".
-        generator: Source of the random starts.
-        autocast: Makes the context in which an attack runs the model.
+        free: The object whose `replay` is used, with the settings of the method; it has no optimizer.
+        model: Maps images to logits, for "pgd-plain".
+        autocast: Makes the context in which "pgd-plain" runs it.
     """
-    if method == "free":
+    if method in SETTINGS:
         return free.replay(loader)
-    if method == "free-public":
-        return _Public(loader, threat, replays)
     if method == "natural":
         return loader
-    steps, size = (1, 1.25 * threat.eps) if method == "fgsm-rs" else (7, threat.eps / 4)
-    attack = {"pgd": pgd, "fgsm-rs": pgd, "n-fgsm": _n_fgsm, "pgd-plain": _plain_pgd}[method]
-
-    def attacked(x: Tensor, y: Tensor) -> Tensor:
-        with autocast():
-            return attack(model, x, y, threat, steps=steps, step_size=size, generator=generator)
-
-    return _Attacked(loader, attacked)
+    return (
+        _Public(loader, free) if method == "free-public" else _Plain(loader, free, model, autocast)
+    )
 
 
 def updates_per_batch(method: str, replays: int) -> int:
     """How many updates are made with each batch of the loader."""
-    return replays if method.startswith("free") else 1
-
-
-class _Attacked:
-    """Each batch attacked as it comes."""
-
-    def __init__(self, loader: Batches, attack: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.loader, self.attack = loader, attack
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for x, y in self.loader:
-            yield self.attack(x, y), y
+    return 1 if method in ("natural", "pgd-plain") else replays
 
 
 class _Public:
     """Noise is added and clamped in the graph, so that its gradient passes the clamp's."""
 
-    def __init__(self, loader: Batches, threat: ThreatModel, replays: int) -> None:
-        self.loader, self.threat, self.replays = loader, threat, replays
+    def __init__(self, loader: Batches, free: FreeAdversarial) -> None:
+        self.loader, self.threat, self.replays = loader, free.threat, free.replays
         self.delta: Tensor | None = None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -90,27 +154,28 @@ class _Public:
                 delta.clamp_(-eps, eps)
 
 
-def _n_fgsm(model, x, y, threat, *, steps, step_size, generator) -> Tensor:
-    """Noise FGSM, in the training mode of the model."""
-    low, high = threat.bounds
-    noise = torch.empty_like(x).uniform_(-2 * threat.eps, 2 * threat.eps, generator=generator)
-    noisy = (x + noise).clamp(low, high).requires_grad_()
-    with torch.enable_grad():
-        (grad,) = torch.autograd.grad(functional.cross_entropy(model(noisy), y), noisy)
-    return (noisy.detach() + threat.eps * grad.sign()).clamp(low, high)
+class _Plain:
+    """PGD-7 by `loss.backward()`, which computes the parameters' gradients too and throws them away."""
 
+    def __init__(
+        self,
+        loader: Batches,
+        free: FreeAdversarial,
+        model: nn.Module,
+        autocast: Callable[[], AbstractContextManager],
+    ) -> None:
+        self.loader, self.threat, self.model, self.autocast = loader, free.threat, model, autocast
 
-def _plain_pgd(model, x, y, threat, *, steps, step_size, generator) -> Tensor:
-    """Steps by `loss.backward()`, which computes the parameters' gradients too and throws them away."""
-    delta = torch.empty_like(x)
-    threat.randomise(delta, generator)
-    low, high = threat.bounds
-    mode = model.training
-    model.eval()
-    for _ in range(steps):
-        x_adv = (x + delta).clamp(low, high).requires_grad_()
-        functional.cross_entropy(model(x_adv), y).backward()
-        delta = (x_adv.detach() + step_size * x_adv.grad.sign() - x).clamp(-threat.eps, threat.eps)
-    model.zero_grad()
-    model.train(mode)
-    return (x + delta).clamp(low, high)
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        eps, (low, high) = self.threat.eps, self.threat.bounds
+        for x, y in self.loader:
+            delta = torch.empty_like(x)
+            self.threat.randomise(delta)
+            for _ in range(7):
+                x_adv = (x + delta).clamp(low, high).requires_grad_()
+                with self.autocast():
+                    loss = functional.cross_entropy(self.model(x_adv), y)
+                loss.backward()
+                delta = (delta + eps / 4 * x_adv.grad.sign()).clamp(-eps, eps)
+            self.model.zero_grad()
+            yield (x + delta).clamp(low, high), y

@@ -90,13 +90,14 @@ def create(
     """A network with random weights, or timm's pretrained ones.
 
     Args:
-        name: "resnet18" (with a 3x3 stem), "preactresnet18", "wrn-<depth>-<width>", "cnn-<width>", or any of timm's.
+        name: "resnet18" (with a 3x3 stem), "preactresnet18", "preactresnet-<width>-<blocks>" (four stages, each twice as
+            wide as the one before), "wrn-<depth>-<width>", "cnn-<width>", or any of timm's.
             What the paper calls WRN-32-10, with 5 blocks a stage, is "wrn-34-10" by the usual count.
         classes: The number of outputs.
         activation: "relu", "leaky" (slope 0.1), "silu" or "gelu"; timm's models keep their own.
         pretrained: Download timm's weights; for timm's models only.
     """
-    ours = re.fullmatch(r"wrn-\d+-\d+|cnn-\d+|preactresnet18|resnet18", name)
+    ours = re.fullmatch(r"wrn-\d+-\d+|cnn-\d+|preactresnet(18|-\d+-\d+)|resnet18", name)
     if pretrained and ours:
         raise ValueError(f"there are no pretrained weights for {name}; use a name of timm's")
     act = ACTIVATIONS[activation]
@@ -109,8 +110,9 @@ def create(
         )
     if small := re.fullmatch(r"cnn-(\d+)", name):
         return cnn(int(small[1]), classes, act)
-    if name == "preactresnet18":
-        return PreActResNet(64, [64, 128, 256, 512], 2, classes, act)
+    if residual := re.fullmatch(r"preactresnet-(\d+)-(\d+)", name.replace("t18", "t-64-2")):
+        width, blocks = map(int, residual.groups())
+        return PreActResNet(width, [width * 2**stage for stage in range(4)], blocks, classes, act)
     if name == "resnet18":
         model = timm.create_model("resnet18", num_classes=classes, act_layer=act)
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)

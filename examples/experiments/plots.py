@@ -29,11 +29,12 @@ plt.rcParams.update(
         "savefig.dpi": 110,
     }
 )
+GREY = "#888888"
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"  # Okabe and Ito
 BLUE, RED, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 COLOURS = {"natural": BLUE, "free": RED, "pgd": GREEN, "fgsm-rs": PURPLE}
-COLOURS |= {"input-grad": SKY, "free-public": ORANGE, "pgd-plain": BLACK}
-MARKERS = {"natural": "o", "free": "*", "pgd": "s", "fgsm-rs": "D"}
+COLOURS |= {"n-fgsm": GREY, "input-grad": SKY, "free-public": ORANGE, "pgd-plain": BLACK}
+MARKERS = {"natural": "o", "free": "*", "pgd": "s", "fgsm-rs": "D", "n-fgsm": "P"}
 
 
 def method(label: str) -> str:

@@ -1,4 +1,4 @@
-"""Tables of cifar10.py: each row a way to train, over several seeds, at the same number of updates.
+"""Tables of cifar10.py: each row a way to train, over several seeds, at the same number of updates or the same cost.
 
     python examples/experiments/study.py methods --data DIR --seeds 3 --json methods.json --plot methods.png
 
@@ -18,16 +18,18 @@ import cifar10
 import plots
 from records import write
 
+SAME = "--ascent-cost 0"  # as many updates for every method
 SMALL = (
-    "--model cnn-16 --images 5000 --passes 50 --lr 0.2 --looks 10 --held-out 500 --test-images 1000 "
+    f"{SAME} --model cnn-16 --images 5000 --passes 50 --lr 0.2 --looks 10 --held-out 500 --test-images 1000 "
     "--test-batch 1000 --attacks pgd-50 autoattack"
 )
 JUDGED = (
-    "--channels-last --looks 5 --held-out 1000 --test-batch 1000 --hard-images 1000 --weights last best "
+    f"{SAME} --channels-last --looks 5 --held-out 1000 --test-batch 1000 --hard-images 1000 --weights last best "
     "--attacks pgd-20-1 pgd-50 autoattack"
 )
 FREE = "--method free --replays"
 TURNS = f"{FREE} 8 --window 8"
+LATE = f"{FREE} 1 --start zero --later 0.3 ascents=1 noise=2"
 EPS_8 = "--test-eps 8/255"
 BOTH = "--label-smoothing 0.1 --ema 0.999"
 QUICK = "--attacks pgd-50"
@@ -87,6 +89,18 @@ STUDIES: dict[str, dict[str, str]] = {
         **{f"trained with eps {e}/255": f"{TURNS} --eps {e}/255 {EPS_8}" for e in (9, 10)},
         "N-FGSM, half the passes, eps 6/255": f"--method n-fgsm --passes 15 --eps 6/255 {EPS_8}",
     },
+    "frontier": {
+        "natural": "--method natural",
+        "Free, m=8, W=1": f"{FREE} 8",
+        "Free, m=4, W=1": f"{FREE} 4",
+        "Free, m=4, W=8, step 2 eps": f"{FREE} 4 --window 8 --step-size 16/255",
+        "FGSM-RS": "--method fgsm-rs",
+        "N-FGSM": "--method n-fgsm",
+        "natural for 0.3 of the cost, then N-FGSM": LATE,
+        "one ascent, m=2, W=8, step 2 eps": f"{FREE} 2 --ascents 1 --window 8 --step-size 16/255",
+        "PGD-2": "--method pgd --ascents 2 --step-size 4/255",
+        "PGD-7": "--method pgd",
+    },
     "wide": {
         "natural": "--method natural",
         **{f"Free, m=8, W={w}": f"{FREE} 8 --window {w}" for w in (1, 8)},
@@ -102,9 +116,18 @@ SMALLER = f"--model cnn-16 --images 20000 --passes 30 {JUDGED}"
 BASES = {  # arguments of all rows, SMALL where none are given
     "window": SMALLER,
     "extras": f"{SMALLER} --lr 0.2",
+    # An ascent costs 0.8 of an update of this network on the machine of the study.
+    "frontier": (
+        "--model preactresnet-16-1 --passes 20 --lr 0.2 --ascent-cost 0.8 --channels-last --looks 5 "
+        "--test-batch 1000 --test-images 4000 --hard-images 1000 --weights last "
+        "--attacks pgd-20-1 cw-40 autoattack"
+    ),
     "wide": f"--model cnn-32 --passes 24 --lr 0.2 --amp bf16 {JUDGED}",
 }
-QUICKS = dict.fromkeys(BASES, "--attacks pgd-20-1 pgd-50")  # without AutoAttack
+QUICKS = {  # without AutoAttack
+    **dict.fromkeys(BASES, "--attacks pgd-20-1 pgd-50"),
+    "frontier": "--attacks pgd-20-1 cw-40",
+}
 RATES = {"window": ("0.1", "0.2")}  # of which each row takes the one that is better held out
 
 
