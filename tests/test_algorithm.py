@@ -252,7 +252,7 @@ def test_epochs_are_divided_by_the_replays_and_rounded_up():
     free = FreeAdversarial(eps=0.1, replays=8)
     assert [free.epochs(n) for n in (8, 15, 200)] == [1, 2, 25]
     with pytest.warns(
-        UserWarning, match=r"epochs\(9\) is 2, and with replays=8 .* what 16 natural"
+        UserWarning, match=r"epochs\(9\) is 2, and each costs what 8 natural ones do .* in all 16"
     ):
         assert free.epochs(9) == 2
     assert free.epochs(1) == 1  # told once

@@ -159,9 +159,9 @@ def test_a_dataset_in_place_of_a_loader_is_told(loader, times, told):
 def test_epochs_that_cost_over_a_quarter_more_than_asked_are_told(told):
     free = FreeAdversarial(eps=0.1, replays=8)
     assert [free.epochs(n) for n in (8, 16, 7, 13, 200)] == [1, 2, 1, 2, 25]
-    assert told("natural epochs do") == 0
+    assert told("natural ones do") == 0
     assert free.epochs(2) == 1
-    assert told("epochs(2) is 1, and with replays=8 that costs what 8 natural epochs do") == 1
+    assert told("epochs(2) is 1, and each costs what 8 natural ones do") == 1
 
 
 @pytest.mark.parametrize("copied", [False, True])
