@@ -414,6 +414,7 @@ def test_all_replays_of_a_text_have_one_dropout_mask(names_for):
         assert torch.equal(one, two) == same
 
 
+@pytest.mark.slow
 def test_the_script_that_measured_the_losses_runs(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["losses.py", "--dry-run"])
     threads = torch.get_num_threads()

@@ -218,6 +218,7 @@ def interrupted_twice(folder):
     return codes
 
 
+@pytest.mark.slow
 def test_a_job_that_is_killed_at_random_ends_where_an_undisturbed_one_does(both):
     _, counts, _, _ = both
     assert counts["kills"] in (1, 2)
@@ -225,6 +226,7 @@ def test_a_job_that_is_killed_at_random_ends_where_an_undisturbed_one_does(both)
     assert counts["temporary files left"] == 0
 
 
+@pytest.mark.slow
 def test_a_job_that_gets_ctrl_c_in_a_replay_saves_and_goes_on_bit_equal(both):
     like, _, runs, _ = both
     for (code, errors, state), updates, done in zip(runs, (4, 11), (1, 2), strict=False):

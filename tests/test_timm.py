@@ -63,6 +63,7 @@ def test_the_smallest_model_of_a_module_is_found():
     assert timm_models.smallest("starnet") == "starnet_s050"
 
 
+@pytest.mark.slow
 def test_the_example_sweeps_over_modules_and_fails_if_a_model_fails(capsys):
     command = [sys.executable, SCRIPT, "--sweep", "--only", "starnet", "--size", "64"]
     done = subprocess.run(command, capture_output=True, text=True)
