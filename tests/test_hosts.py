@@ -21,10 +21,12 @@ EPS, M, EPOCHS, LR = 0.1, 3, 2, 0.1
 SIZES = (8, 8, 3)  # with two micro-batches per update, the last group is short
 
 
-def algorithm_1(k=1, sizes=SIZES, clip=None, *, ahead=False, shrink=False, autocast=None, turns=1):
+def algorithm_1(
+    k=1, sizes=SIZES, clip=None, *, ahead=False, shrink=False, autocast=None, turns=1, climbs=0
+):
     """The paper's loop with k micro-batches per update, each slot of a window of `turns` groups with its own delta.
 
-    A host counts its micro-batches through the epoch and updates after k of them, or at the end; it takes
+    Before its first replay a micro-batch `climbs` by the gradient of its input alone. A host counts its micro-batches through the epoch and updates after k of them, or at the end; it takes
     those of one update `ahead`, or each when it comes, and divides the loss by k or, if the last update
     has fewer and it does not `shrink` that one, by their number.
     """
@@ -34,9 +36,17 @@ def algorithm_1(k=1, sizes=SIZES, clip=None, *, ahead=False, shrink=False, autoc
     loader = batches(sizes)
     for _ in range(EPOCHS):
         groups = [loader[i : i + k * turns] for i in range(0, len(loader), k * turns)]
-        order = [slot for group in groups for _ in range(M) for slot in enumerate(group)]
+        order = [(t, *slot) for group in groups for t in range(M) for slot in enumerate(group)]
         for first in range(0, len(order), k):
-            window = order[first : first + k]
+            window = [slot for _, *slot in order[first : first + k]]
+            for turn, slot, (x, y) in order[first : first + k]:
+                for _ in range(climbs if turn == 0 else 0):
+                    delta = deltas[slot][: len(x)]
+                    x_adv = (x + delta).clamp(0, 1).requires_grad_()
+                    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                        loss = functional.cross_entropy(model(x_adv), y)
+                    (grad,) = torch.autograd.grad(loss, x_adv)
+                    delta.add_(EPS * grad.sign()).clamp_(-EPS, EPS)
             held = [(x + deltas[slot][: len(x)]).clamp(0, 1) for slot, (x, _) in window]
             for (slot, (x, y)), x_adv in zip(window, held, strict=True):
                 delta = deltas[slot][: len(x)]
@@ -136,10 +146,10 @@ def test_lightning_trains_in_mixed_precision(precision):
 # Accelerate.
 
 
-def accelerated(free, k=1, sizes=SIZES, **arguments):
+def accelerated(free, k=1, sizes=SIZES, model=None, **arguments):
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=k, **arguments)
-    model = network()
+    model = model or network()
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
     loader = DataLoader(batches(sizes), batch_size=None)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -197,16 +207,16 @@ def test_accelerate_saves_and_loads_the_state(tmp_path):
 
 
 class Classifier(nn.Module):
-    def __init__(self):
+    def __init__(self, net=None):
         super().__init__()
-        self.net = network()
+        self.net = net or network()
 
     def forward(self, pixel_values, labels=None):
         logits = self.net(pixel_values)
         return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def transformers_trainer(free, path, k=1, **arguments):
+def transformers_trainer(free, path, k=1, model=None, **arguments):
     transformers = pytest.importorskip("transformers")
 
     class FreeTrainer(transformers.Trainer):
@@ -234,7 +244,7 @@ def transformers_trainer(free, path, k=1, **arguments):
         logging_strategy="no",
         **arguments,
     )
-    model = Classifier()
+    model = model or Classifier()
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
     trainer = FreeTrainer(model, settings, train_dataset=data, optimizers=(optimizer, None))
     trainer.train()
@@ -311,6 +321,114 @@ def test_fastai_ends_at_the_weights_of_algorithm_1():
         learner.fit(EPOCHS, LR, wd=0.0)
     agree(model, algorithm_1(), tolerance=1e-6)
     all_taken_in(free, taken)
+
+
+# Fabric, and the train.py of timm.
+
+
+@pytest.mark.parametrize("climbs", [0, 2])
+def test_fabric_ends_at_the_weights_of_algorithm_1(climbs):
+    fabric = pytest.importorskip("lightning").Fabric(accelerator="cpu", devices=1)
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
+    model, optimizer = fabric.setup(model, optimizer)
+    free = FreeAdversarial(eps=EPS, replays=M, ascents=climbs, objective=climbed(model))
+    taken = ascents(free)
+    loader = fabric.setup_dataloaders(DataLoader(batches(SIZES), batch_size=None))
+    for _ in range(EPOCHS):
+        for x, y in free.replay(loader):
+            optimizer.zero_grad()
+            fabric.backward(functional.cross_entropy(model(x), y))
+            optimizer.step()
+    agree(model, algorithm_1(climbs=climbs))
+    free.state_dict()
+    assert len(taken) == len(SIZES) * (M + climbs) * EPOCHS
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_the_pieces_of_timms_training_script_end_at_the_weights_of_algorithm_1(autocast):
+    utils = pytest.importorskip("timm.utils")
+    optim = pytest.importorskip("timm.optim")
+    model = network()
+    optimizer = optim.create_optimizer_v2(model, "momentum", lr=LR, weight_decay=0, momentum=0.9)
+
+    def loss_of(batch):
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            return functional.cross_entropy(model(batch[0]), batch[1])
+
+    free = FreeAdversarial(eps=EPS, replays=M, ascents=2, objective=loss_of)
+    scaler = utils.NativeScaler("cpu")
+    scaler._scaler = torch.amp.GradScaler("cpu", enabled=False)
+    average, updates = utils.ModelEmaV3(model, decay=0.9), 0
+    for _ in range(EPOCHS):
+        for batch in free.replay(batches(SIZES)):
+            loss = loss_of(batch)
+            scaler(loss, optimizer, parameters=model.parameters(), create_graph=False)
+            optimizer.zero_grad()
+            updates += 1
+            average.update(model, step=updates)
+    tolerance = 0 if autocast is None else 1e-6
+    agree(model, algorithm_1(climbs=2, autocast=autocast), tolerance)
+
+
+# An objective, in the hosts.
+
+
+def climbed(model):
+    """What the ascents climb, written as the loop's own loss."""
+    return lambda batch: functional.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(("k", "turns"), [(1, 1), (2, 1), (2, 2)])
+def test_lightning_climbs_before_each_minibatch(k, turns):
+    model = network()
+    how = {"accumulate": k, "window": turns, "ascents": 2, "objective": climbed(model)}
+    trained = lightning(FreeAdversarial(eps=EPS, replays=M, **how), k, model)
+    agree(trained, algorithm_1(k, shrink=True, turns=turns, climbs=2))
+
+
+@pytest.mark.parametrize(("k", "turns"), [(1, 1), (2, 1), (2, 2)])
+def test_accelerate_climbs_before_each_minibatch(k, turns):
+    model = network()
+    how = {"accumulate": k, "window": turns, "ascents": 2, "objective": climbed(model)}
+    trained = accelerated(FreeAdversarial(eps=EPS, replays=M, **how), k, model=model)
+    agree(trained, algorithm_1(k, shrink=True, turns=turns, climbs=2))
+
+
+@pytest.mark.parametrize(("k", "turns"), [(1, 1), (2, 1), (2, 2)])
+def test_the_trainer_of_transformers_climbs_before_each_minibatch(k, turns, tmp_path):
+    model = Classifier()
+    how = {"accumulate": k, "window": turns, "ascents": 2, "key": "pixel_values"}
+    how["objective"] = lambda batch: model(**batch)["loss"]
+    free = FreeAdversarial(eps=EPS, replays=M, **how)
+    trained = transformers_trainer(free, tmp_path, k, model)
+    agree(trained, algorithm_1(k, ahead=True, turns=turns, climbs=2))
+
+
+def test_hosts_climb_in_the_precision_in_which_they_train(tmp_path):
+    """Accelerate and the Trainer patch the model; Lightning opens autocast round its own step only."""
+    state = pytest.importorskip("accelerate").state.AcceleratorState
+    reference = algorithm_1(autocast=torch.bfloat16, climbs=1)
+    how = {"eps": EPS, "replays": M, "ascents": 1}
+    models = {name: network() for name in ("accelerate", "lightning")}
+    state._reset_state(True)
+    free = FreeAdversarial(objective=climbed(models["accelerate"]), **how)
+    trained = [accelerated(free, model=models["accelerate"], mixed_precision="bf16")]
+    state._reset_state(True)
+
+    def in_autocast(batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return climbed(models["lightning"])(batch)
+
+    free = FreeAdversarial(objective=in_autocast, **how)
+    trained.append(lightning(free, model=models["lightning"], precision="bf16-mixed"))
+    model = Classifier()
+    free = FreeAdversarial(
+        objective=lambda batch: model(**batch)["loss"], key="pixel_values", **how
+    )
+    trained.append(transformers_trainer(free, tmp_path, model=model, bf16=True))
+    for model in trained:
+        agree(model, reference, tolerance=1e-6)
 
 
 # What bites in all of them.
