@@ -48,6 +48,10 @@ def test_every_method_has_a_row_with_its_times_and_their_ratios(run, tmp_path):
     natural, *others = (row["gflop_per_image"] for row in rows[:4])
     stem = 2 * 16 * 16 * 27 * 8 / 1e9  # the gradient of the input of the first convolution
     assert others == [pytest.approx(natural + stem)] * 3
+    for row in (row for row in rows if row["method"] == "n-fgsm"):  # an ascent for each update
+        (target,) = row["targets"]
+        assert target["value"] == row["processor_to_free"]["median"] - 1
+        assert target["met"] == (target["value"] <= target["at_most"])
     attacks = [row for row in rows if row["method"].startswith("pgd")]
     for row in attacks:
         (target,) = row["targets"]
