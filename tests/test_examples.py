@@ -38,7 +38,7 @@ DRY_RUNS = [
     (r"devices=2 updates=8:", "with_lightning.py", "--accelerator", "cpu", "--devices", "2"),
     (r"processes=1 epochs=2:", "with_accelerate.py", "--cpu", "--out", "FOLDER"),
     (r"processes=2 epochs=2:", *TORCHRUN, "with_accelerate.py", "--cpu", "--accumulate", "2"),
-    (r"updates=3:", "with_trainer.py", "--accumulate", "2"),
+    (r"updates=4:", "with_trainer.py", "--accumulate", "2"),
     (r"natural .*\n.*bounds=None\nfree", "with_text.py"),
     (r"updates=2:", "with_ignite.py"),
     (r"updates=2:", "with_fastai.py"),

@@ -92,6 +92,7 @@ STUDIES: dict[str, dict[str, str]] = {
     "frontier": {
         "natural": "--method natural",
         "Free, m=8, W=1": f"{FREE} 8",
+        "Free, m=8, W=8": TURNS,
         "Free, m=4, W=1": f"{FREE} 4",
         "Free, m=4, W=8, step 2 eps": f"{FREE} 4 --window 8 --step-size 16/255",
         "FGSM-RS": "--method fgsm-rs",

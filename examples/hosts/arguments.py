@@ -10,13 +10,20 @@ def fraction(text: str) -> float:
 
 
 def parser(
-    doc: str, *, passes: int, replays: int, eps: float, lr: float, batch_size: int = 64
+    doc: str,
+    *,
+    passes: int,
+    eps: float,
+    lr: float,
+    replays: int | None = None,
+    batch_size: int = 64,
 ) -> argparse.ArgumentParser:
     """A parser with these defaults; a script adds what only it has."""
     made = argparse.ArgumentParser(description=doc.split("\n")[0])
     add = made.add_argument
     add("--passes", type=int, default=passes, help="natural passes over the data: the cost")
-    add("--replays", type=int, default=replays, help="the paper's m")
+    if replays is not None:
+        add("--replays", type=int, default=replays, help="the paper's m")
     add("--eps", type=fraction, default=eps, help="radius, in the units of the input")
     add("--batch-size", type=int, default=batch_size, help="of an update, all ranks together")
     add("--lr", type=float, default=lr, help="peak of the schedule")

@@ -18,7 +18,7 @@ from free_adv import FreeAdversarial, evaluate  # free-adv
 
 
 def main() -> None:
-    options = parser(__doc__, passes=40, replays=8, eps=0.15, lr=0.1)
+    options = parser(__doc__, passes=40, eps=0.15, lr=0.1)
     options.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none")
     options.add_argument("--cpu", action="store_true", help="the CPU even if there is a GPU")
     options.add_argument("--accumulate", type=int, default=1, help="micro-batches per update")
@@ -29,7 +29,7 @@ def main() -> None:
 
     train, test = train_set(), test_set()
     if args.dry_run:
-        args.passes, args.replays, args.batch_size = 4, 2, 4
+        args.passes, args.batch_size = 3, 4
         train, test = (Subset(data, range(12)) for data in (train, test))
     set_seed(args.seed)
     accelerator = Accelerator(
@@ -44,9 +44,15 @@ def main() -> None:
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
-    free = FreeAdversarial(
-        eps=args.eps, replays=args.replays, accumulate=args.accumulate
-    )  # free-adv
+    free = FreeAdversarial(  # free-adv: one gradient of the input before each update
+        eps=args.eps,
+        replays=1,
+        ascents=1,
+        objective=lambda batch: criterion(model(batch[0]), batch[1]),
+        start="zero",
+        noise=2,
+        accumulate=args.accumulate,
+    )
     epochs, loader = free.epochs(args.passes), free.replay(loader)  # free-adv: after prepare
     accelerator.register_for_checkpointing(free)  # free-adv: for save_state and load_state
 

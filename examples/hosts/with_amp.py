@@ -15,7 +15,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def main() -> None:
-    options = parser(__doc__, passes=40, replays=8, eps=0.15, lr=0.1)
+    options = parser(__doc__, passes=40, eps=0.15, lr=0.1)
     options.add_argument("--amp", choices=DTYPES, default="bf16")
     options.add_argument(
         "--max-grad-norm", type=float, default=1.0, help="clip the gradient at this"
@@ -24,7 +24,7 @@ def main() -> None:
 
     train, test = train_set(), test_set()
     if args.dry_run:
-        args.passes = args.replays = 2
+        args.passes = 3
         train, test = (Subset(data, range(16)) for data in (train, test))
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -35,10 +35,20 @@ def main() -> None:
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    free = FreeAdversarial(  # free-adv: `device` moves each batch once for all its replays
+
+    def objective(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        x, y = batch
+        with torch.autocast(device.type, dtype):
+            return criterion(model(x), y)
+
+    free = FreeAdversarial(  # free-adv: one gradient of the input before each update
         optimizer,
         eps=args.eps,
-        replays=args.replays,
+        replays=1,
+        ascents=1,
+        objective=objective,
+        start="zero",
+        noise=2,
         scaler=scaler,
         max_grad_norm=args.max_grad_norm,
         device=device,
@@ -48,10 +58,8 @@ def main() -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=updates)
 
     for _ in range(epochs):
-        for x, y in batches:
-            with torch.autocast(device.type, dtype):
-                loss = criterion(model(x), y)
-            free.step(loss)  # free-adv: scale, backward, unscale, clip, step, update
+        for batch in batches:
+            free.step(objective(batch))  # free-adv: scale, backward, unscale, clip, step, update
             schedule.step()
 
     result = evaluate(model, DataLoader(test, len(test)), free.threat, steps=40)

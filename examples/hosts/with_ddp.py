@@ -32,7 +32,7 @@ def shard(model: nn.Sequential, device: torch.device, ranks: int) -> None:
 
 
 def main() -> None:
-    options = parser(__doc__, passes=40, replays=8, eps=0.15, lr=0.1)
+    options = parser(__doc__, passes=40, eps=0.15, lr=0.1)
     options.add_argument("--fsdp", action="store_true", help="shard the weights over the ranks")
     args = options.parse_args()
 
@@ -45,7 +45,7 @@ def main() -> None:
 
     train, test = train_set(), test_set()
     if args.dry_run:
-        args.passes = args.replays = 2
+        args.passes = 3
         train, test = (Subset(data, range(16)) for data in (train, test))
     sampler = DistributedSampler(train, seed=args.seed)
     loader = DataLoader(train, args.batch_size // ranks, sampler=sampler)
@@ -57,7 +57,16 @@ def main() -> None:
     model = net if args.fsdp else DistributedDataParallel(net)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
-    free = FreeAdversarial(optimizer, eps=args.eps, replays=args.replays, device=device)  # free-adv
+    free = FreeAdversarial(  # free-adv: one gradient of the input before each update
+        optimizer,
+        eps=args.eps,
+        replays=1,
+        ascents=1,
+        objective=lambda batch: criterion(model(batch[0]), batch[1]),
+        start="zero",
+        noise=2,
+        device=device,
+    )
     epochs, batches = free.epochs(args.passes), free.replay(loader)  # free-adv
     updates = epochs * len(batches)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=updates)

@@ -14,11 +14,11 @@ from free_adv import FreeAdversarial, evaluate  # free-adv
 
 
 def main() -> None:
-    args = parser(__doc__, passes=40, replays=8, eps=0.15, lr=0.1).parse_args()
+    args = parser(__doc__, passes=40, eps=0.15, lr=0.1).parse_args()
 
     train, test = train_set(), test_set()
     if args.dry_run:
-        args.passes = args.replays = 2
+        args.passes = 3
         train, test = (Subset(data, range(16)) for data in (train, test))
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,12 +26,21 @@ def main() -> None:
 
     model = network().to(device)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
-    free = FreeAdversarial(eps=args.eps, replays=args.replays, device=device)  # free-adv
+    criterion = nn.CrossEntropyLoss()
+    free = FreeAdversarial(  # free-adv: one gradient of the input before each update
+        eps=args.eps,
+        replays=1,
+        ascents=1,
+        objective=lambda batch: criterion(model(batch[0]), batch[1]),
+        start="zero",
+        noise=2,
+        device=device,
+    )
     epochs, batches = free.epochs(args.passes), free.replay(loader)  # free-adv
     updates = epochs * len(batches)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=updates)
 
-    trainer = create_supervised_trainer(model, optimizer, nn.CrossEntropyLoss(), device)
+    trainer = create_supervised_trainer(model, optimizer, criterion, device)
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: schedule.step())
     state = trainer.run(batches, max_epochs=epochs)
 

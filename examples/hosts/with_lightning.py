@@ -26,9 +26,12 @@ class Digits(lightning.LightningModule):
         self.net, self.lr = network(), lr
         self.criterion = nn.CrossEntropyLoss()
 
-    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> torch.Tensor:
+    def loss(self, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         x, y = batch
         return self.criterion(self.net(x), y)
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> torch.Tensor:
+        return self.loss(batch)
 
     def configure_optimizers(self) -> dict:
         optimizer = torch.optim.SGD(self.parameters(), self.lr, momentum=0.9, weight_decay=5e-4)
@@ -41,7 +44,7 @@ class Digits(lightning.LightningModule):
 
 
 def main() -> None:
-    options = parser(__doc__, passes=40, replays=8, eps=0.15, lr=0.1)
+    options = parser(__doc__, passes=40, eps=0.15, lr=0.1)
     options.add_argument("--devices", type=int, default=1)
     options.add_argument("--accelerator", default="auto")
     options.add_argument("--amp", choices=PRECISION, default="none")
@@ -50,14 +53,25 @@ def main() -> None:
 
     train, test = train_set(), test_set()
     if args.dry_run:
-        args.passes = args.replays = args.batch_size = 2
+        args.passes, args.batch_size = 3, 2
         train, test = (Subset(data, range(8)) for data in (train, test))
     lightning.seed_everything(args.seed, verbose=False)
     cuda = torch.cuda.is_available() and args.accelerator != "cpu"
-    free = FreeAdversarial(  # free-adv: `device` is where the trainer trains
+    module = Digits(args.lr)
+
+    def objective(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:  # free-adv
+        with trainer.precision_plugin.forward_context():  # autocast, which fit opens round its step
+            return module.loss(batch)
+
+    free = FreeAdversarial(  # free-adv: one gradient of the input before each update
         eps=args.eps,
-        replays=args.replays,
+        replays=1,
+        ascents=1,
+        objective=objective,
+        start="zero",
+        noise=2,
         accumulate=args.accumulate,
+        # Where the trainer trains.
         device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else None,
     )
     trainer = lightning.Trainer(
@@ -76,7 +90,6 @@ def main() -> None:
     # With several devices Lightning would replace the sampler of a plain DataLoader by this one.
     sampler = DistributedSampler(train, ranks, trainer.global_rank, seed=args.seed)
     loader = DataLoader(train, args.batch_size // ranks // args.accumulate or 1, sampler=sampler)
-    module = Digits(args.lr)
     trainer.fit(module, free.replay(loader))  # free-adv
 
     if trainer.is_global_zero:

@@ -43,14 +43,14 @@ class Logits(nn.Module):
 
 
 def main() -> None:
-    options = parser(__doc__, passes=40, replays=4, eps=0.1, lr=2e-3)
+    options = parser(__doc__, passes=40, eps=0.1, lr=2e-3)
     options.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none")
     options.add_argument("--accumulate", type=int, default=1, help="micro-batches per update")
     args = options.parse_args()
 
     train, test = train_set(), test_set()
     if args.dry_run:
-        args.passes, args.replays, args.batch_size = 2, 2, 8
+        args.passes, args.batch_size = 3, 8
         train, test = (Subset(data, range(12)) for data in (train, test))
     torch.manual_seed(args.seed)
     config = ViTConfig(
@@ -64,8 +64,15 @@ def main() -> None:
         num_labels=10,
     )
     model = ViTForImageClassification(config)
-    free = FreeAdversarial(  # free-adv
-        eps=args.eps, replays=args.replays, accumulate=args.accumulate, key="pixel_values"
+    free = FreeAdversarial(  # free-adv: one gradient of the input before each update
+        eps=args.eps,
+        replays=1,
+        ascents=1,
+        objective=lambda batch: model(**batch).loss,
+        start="zero",
+        noise=2,
+        accumulate=args.accumulate,
+        key="pixel_values",
     )
     ranks = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     with tempfile.TemporaryDirectory() as folder:
