@@ -19,6 +19,7 @@ import curve
 import numpy as np
 import pictures
 import pytest
+import strength
 import study
 import torch
 import turns
@@ -109,6 +110,20 @@ def test_accuracy_against_eps_is_drawn_and_measured(undisturbed, data, tmp_path)
     rows = json.loads(table.read_text())["rows"]
     assert [row["threat"]["eps"] for row in rows] == [1 / 255, 0.5]
     assert rows[0]["robust"] >= rows[1]["robust"]
+
+
+@pytest.mark.filterwarnings("ignore:the input gradient of")  # of a tiny network, sure of itself
+def test_examples_are_as_strong_as_the_method_makes_them(data, tmp_path):
+    table = tmp_path / "strength.json"
+    more = ["--model", "cnn-8", "--passes", "24", "--batch-size", "16", "--held-out", "10"]
+    rows = ["Free, m=8, W=1", "N-FGSM"]
+    strength.main(
+        ["--data", str(data), "--every", "1", "--rows", *rows, "--json", str(table), "--", *more]
+    )
+    free, noisy = (row["strength"] for row in json.loads(table.read_text())["rows"])
+    assert (len(free), len(noisy)) == (8, 1)
+    assert abs(free[0]) < 0.5 < free[-1] < 1.1  # random for a new minibatch
+    assert free[0] < 0.3 < noisy[0] < 1.6
 
 
 def test_gradients_of_consecutive_replays_are_compared_for_each_window(data, tmp_path):
