@@ -176,7 +176,8 @@ class Hints:
         """Arguments that only `step` uses, once a minibatch is through without it; whether to go on watching."""
         if not self.moved:  # all were skipped, or came from a state with nothing left
             return
-        given = {"scaler": loop.scaler, "max_grad_norm": loop.max_norm}
+        scaler = None if loop.ascents else loop.scaler  # which scales the objective's loss too
+        given = {"scaler": scaler, "max_grad_norm": loop.max_norm}
         names = [f"{name}=" for name, value in given.items() if value is not None]
         if self.first("step") and names and not loop.driven:
             warn(

@@ -316,6 +316,15 @@ def test_the_loss_of_the_objective_is_scaled_so_that_float16_does_not_flush_its_
     assert (found.detach() != x).all().item() == scaled
 
 
+def test_a_scaler_for_the_objective_alone_is_no_mistake():
+    model, (x, y) = nn.Linear(4, 2), (torch.rand(3, 4), torch.arange(3) % 2)
+    scaler = torch.amp.GradScaler("cpu")
+    objective = lambda batch: functional.cross_entropy(model(batch[0]), batch[1])  # noqa: E731
+    free = FreeAdversarial(eps=0.1, replays=2, ascents=1, scaler=scaler, objective=objective)
+    for x_adv, label in free.replay([(x, y)] * 2):  # warnings are errors
+        scaler.scale(functional.cross_entropy(model(x_adv), label)).backward()
+
+
 def test_an_objective_opens_autocast_itself_and_an_overflow_moves_nothing():
     model = network()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)  # everything overflows
