@@ -63,11 +63,11 @@ def level(name: str, value: Any) -> float:
     return number
 
 
-def positive(name: str, value: Any) -> float:
-    """`value` as a float, if it is a positive finite number."""
+def positive(name: str, value: Any, cure: str = "") -> float:
+    """`value` as a float, if it is a positive finite number; what to give instead ends the message."""
     number = _number(name, value)
     if not (number > 0 and math.isfinite(number)):
-        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+        raise ValueError(f"{name} must be positive and finite, got {value!r}{cure}")
     return number
 
 

@@ -21,12 +21,13 @@ from free_adv.checks import Norm, Start, as_device, count, level, positive
 from free_adv.delta import Delta, as_step_size
 from free_adv.layer import attach
 from free_adv.loop import Loop
-from free_adv.replay import Replay
+from free_adv.replay import Replay, T
 from free_adv.step import as_optimizers, as_scaler, step
 from free_adv.threat import ThreatModel
 
 Key = int | str | EllipsisType | tuple[int | str | EllipsisType, ...]
 ASSIGNABLE = ("eps", "step_size", "ascents", "noise")
+NO_CLIPPING = "; None does not clip"
 PIXELS = (0.0, 1.0)  # the default of `bounds`: an output perturbed `at` a module has no such range
 
 
@@ -127,7 +128,9 @@ class FreeAdversarial:
             device=None if device is None else as_device(device),
             optimizers=as_optimizers(optimizer),
             scaler=as_scaler(scaler),
-            max_norm=None if max_grad_norm is None else positive("max_grad_norm", max_grad_norm),
+            max_norm=None
+            if max_grad_norm is None
+            else positive("max_grad_norm", max_grad_norm, NO_CLIPPING),
             ascents=as_ascents(ascents, objective),
             objective=objective,
             noise=level("noise", noise),
@@ -135,7 +138,7 @@ class FreeAdversarial:
         if at is not None:
             attach(at, self._loop)
 
-    def replay(self, loader: Iterable[Any]) -> Replay:
+    def replay(self, loader: Iterable[T]) -> Replay[T]:
         """Wrap a loader so that each minibatch comes *m* times, its input perturbed by delta.
 
         Wrap last: after `accelerator.prepare`, after any prefetching. Its length is *m* times the loader's;

@@ -6,14 +6,16 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from operator import length_hint
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from free_adv.loop import Loop
 
+T = TypeVar("T")
 
-class Replay:
+
+class Replay(Generic[T]):
     """A loader whose minibatches come m times each, with x perturbed; `FreeAdversarial.replay` makes it.
 
     Attributes that it does not own are read from and written to the wrapped loader.
@@ -22,7 +24,7 @@ class Replay:
     _loop: Loop
     _loader: Any
 
-    def __init__(self, loop: Loop, loader: Iterable[Any]) -> None:
+    def __init__(self, loop: Loop, loader: Iterable[T]) -> None:
         if isinstance(loader, Replay):
             raise ValueError("loader is a replay already: iterate it as it is, or wrap its loader")
         if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
@@ -37,7 +39,7 @@ class Replay:
         except Exception as error:  # a stream's may raise what it likes, callers know TypeError
             raise TypeError(f"the loader has no length: {error}") from error
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[T]:
         loop, loader = self._loop, self._loader
         loop.hints.of_the_loader(loop, loader)
         # If the loader raises here, nothing has changed.
@@ -84,6 +86,9 @@ class Replay:
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._loader, name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self._loader)})
 
     def __repr__(self) -> str:
         return f"Replay({self._loader!r}, replays={self._loop.replays})"

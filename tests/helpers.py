@@ -1,5 +1,6 @@
 """What the tests of several files share."""
 
+import contextlib
 import datetime
 import os
 import warnings
@@ -10,6 +11,18 @@ from torch.nn import functional
 
 from free_adv import FreeAdversarial
 from tests.reference import network
+
+
+@contextlib.contextmanager
+def told_of(*kinds):
+    """torch.load may read these classes; torch 2.4 has no context for it."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals([*kinds])
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def free_for(model, lr=0.1, **arguments):

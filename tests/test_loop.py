@@ -154,3 +154,9 @@ def test_any_order_of_calls_ends_right_or_in_a_clear_error(calls, accumulate):
         assert len(made) <= yields
     for before, grad, after in made:
         assert torch.equal(after, (before + 0.1 * grad.sign()).clamp(-0.1, 0.1))
+
+
+def test_a_replay_shows_the_attributes_of_its_loader_beside_its_own():
+    loader = torch.utils.data.DataLoader([torch.rand(3)] * 4, batch_size=2)
+    replay = FreeAdversarial(eps=0.1).replay(loader)
+    assert {"batch_size", "dataset", "__len__"} <= {*dir(replay)}

@@ -27,6 +27,7 @@ from hypothesis.stateful import (
 )
 
 from free_adv import FreeAdversarial
+from tests.helpers import told_of
 from tests.internals import buffers, keeping
 
 RADII = [0.125, 0.0625, 0.25]  # what eps may be
@@ -705,7 +706,7 @@ class Machine(RuleBasedStateMachine):
         if way == "file":
             torch.save(state, file := io.BytesIO())
             file.seek(0)
-            with torch.serialization.safe_globals([Pair, Record]):
+            with told_of(Pair, Record):
                 state = torch.load(file, weights_only=True)
         flight = [
             [[(i.x[0] if i.single else i.x).clone() for i in micro] for micro in minibatch]

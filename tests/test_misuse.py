@@ -119,6 +119,7 @@ def test_a_loss_that_is_no_scalar_tensor_is_refused_and_can_be_put_right():
         ({"accumulate": 0}, ValueError, "accumulate must be at least 1, got 0"),
         ({"step_size": 0}, ValueError, "step_size must be positive"),
         ({"max_grad_norm": -1}, ValueError, "max_grad_norm must be positive and finite, got -1"),
+        ({"max_grad_norm": 0}, ValueError, "got 0; None does not clip"),
         ({"start": "reset"}, ValueError, "start must be 'carry', 'zero' or 'uniform', got 'reset'"),
         ({"scaler": True}, TypeError, "GradScaler, got bool"),
         ({"key": None}, TypeError, "key must be an index, a name, "),

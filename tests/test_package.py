@@ -17,6 +17,7 @@ workflows = pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path
 
 
 def test_the_public_names_are_these():
+    assert dir(free_adv) == free_adv.__all__
     assert free_adv.__all__ == ["FreeAdversarial", "ThreatModel", "__version__", "evaluate", "pgd"]
     assert all(getattr(free_adv, name).__doc__ for name in free_adv.__all__)
 

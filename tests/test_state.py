@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from free_adv import FreeAdversarial
-from tests.helpers import equal
+from tests.helpers import equal, told_of
 from tests.reference import batches, network
 
 
@@ -301,7 +301,7 @@ def test_a_batch_of_a_class_goes_through_a_file_once_torch_is_told_of_it(kind):
     next(iter(free.replay([kind(torch.rand(4, 3), torch.arange(4))])))
     with pytest.raises(pickle.UnpicklingError, match="add_safe_globals"):
         through_a_file(free.state_dict())
-    with torch.serialization.safe_globals([kind]):
+    with told_of(kind):
         state = through_a_file(free.state_dict())
     free.load_state_dict(state)
     assert type(next(iter(free.replay([])))) is kind

@@ -44,6 +44,8 @@ FreeAdversarial(eps=0.1, start="random")
 FreeAdversarial(eps=0.1).steps(0)
 ThreatModel(0.1, "L2")
 pgd(abs, None, None, ThreatModel(0.1), loss="dlr")
+for image, name in FreeAdversarial(eps=0.1).replay([(0.5, "cat")]):
+    name.flatten()
 """
 
 
@@ -97,12 +99,13 @@ def test_a_users_script_and_the_documented_examples_pass_in_strict_mode(check):
 
 def test_what_is_no_value_or_method_of_the_package_is_seen_before_the_run(check):
     told = check(False, wrong=WRONG)
-    assert "Found 5 errors in 1 file" in told
+    assert "Found 6 errors in 1 file" in told
     for phrase in (
         "\"Literal['inf']\"; expected \"Literal['linf', 'l2']\"",
         "\"Literal['random']\"; expected \"Literal['carry', 'zero', 'uniform']\"",
         '"FreeAdversarial" has no attribute "steps"',
         "\"Literal['L2']\"; expected \"Literal['linf', 'l2']\"",
+        '"str" has no attribute "flatten"',  # what the loader yields
         "\"Literal['dlr']\"; expected \"Literal['ce', 'cw'] | Callable",
     ):
         assert phrase in told
