@@ -102,6 +102,13 @@ STUDIES: dict[str, dict[str, str]] = {
         "PGD-2": "--method pgd --ascents 2 --step-size 4/255",
         "PGD-7": "--method pgd",
     },
+    "sixteen": {  # does it collapse?
+        "one ascent, m=1, step 2 eps": f"{FREE} 1 --ascents 1 --step-size 32/255",
+        "the same with noise of one eps": f"{FREE} 1 --ascents 1 --step-size 32/255 --noise 1",
+        "one ascent, m=2, W=8, step 2 eps": f"{FREE} 2 --ascents 1 --window 8 --step-size 32/255",
+        "FGSM-RS": "--method fgsm-rs",
+        "N-FGSM": "--method n-fgsm",
+    },
     "wide": {
         "natural": "--method natural",
         **{f"Free, m=8, W={w}": f"{FREE} 8 --window {w}" for w in (1, 8)},
@@ -113,21 +120,22 @@ STUDIES: dict[str, dict[str, str]] = {
         "N-FGSM, half the passes, smoothed, averaged": f"--method n-fgsm --passes 12 {BOTH}",
     },
 }
+# An ascent costs 0.8 of an update of this network on the machine of the study.
+RESIDUAL = (
+    "--model preactresnet-16-1 --lr 0.2 --ascent-cost 0.8 --channels-last --test-batch 1000 "
+    "--test-images 4000 --hard-images 1000 --weights last --attacks pgd-20-1 cw-40 autoattack"
+)
 SMALLER = f"--model cnn-16 --images 20000 --passes 30 {JUDGED}"
 BASES = {  # arguments of all rows, SMALL where none are given
     "window": SMALLER,
     "extras": f"{SMALLER} --lr 0.2",
-    # An ascent costs 0.8 of an update of this network on the machine of the study.
-    "frontier": (
-        "--model preactresnet-16-1 --passes 20 --lr 0.2 --ascent-cost 0.8 --channels-last --looks 5 "
-        "--test-batch 1000 --test-images 4000 --hard-images 1000 --weights last "
-        "--attacks pgd-20-1 cw-40 autoattack"
-    ),
+    "frontier": f"{RESIDUAL} --passes 20 --looks 5",
+    "sixteen": f"{RESIDUAL} --passes 10 --looks 10 --eps 16/255 --test-eps 8/255",
     "wide": f"--model cnn-32 --passes 24 --lr 0.2 --amp bf16 {JUDGED}",
 }
 QUICKS = {  # without AutoAttack
     **dict.fromkeys(BASES, "--attacks pgd-20-1 pgd-50"),
-    "frontier": "--attacks pgd-20-1 cw-40",
+    **dict.fromkeys(("frontier", "sixteen"), "--attacks pgd-20-1 cw-40"),
 }
 RATES = {"window": ("0.1", "0.2")}  # of which each row takes the one that is better held out
 
