@@ -59,7 +59,7 @@ def main() -> None:
     cuda = torch.cuda.is_available() and args.accelerator != "cpu"
     module = Digits(args.lr)
 
-    def objective(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:  # free-adv
+    def objective(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         with trainer.precision_plugin.forward_context():  # autocast, which fit opens round its step
             return module.loss(batch)
 
