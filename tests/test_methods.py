@@ -171,6 +171,8 @@ def test_updates_are_fewer_where_they_have_ascents_so_that_the_cost_is_equal():
 def test_a_budget_is_spent_in_parts_of_the_cost():
     late = "--replays", "1", "--start", "zero", "--later", "0.3", "ascents=1", "noise=2"
     assert planned(*late) == (72, {30: {"ascents": 1, "noise": 2.0}})
+    both = "--later", "0.3", "ascents=1", "--later", "0.3", "noise=2"
+    assert planned("--replays", "1", *both)[1] == {30: {"ascents": 1, "noise": 2.0}}
     late += "--later", "0.8", "ascents=2", "eps=10/255"
     assert planned(*late)[1][60] == {"ascents": 2, "eps": 10 / 255}
     for wrong in ("2", "ascents=1"), ("0.5", "m=1"), ("0.5", "--later", "0.2", "eps=0.1"):

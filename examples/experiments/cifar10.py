@@ -319,7 +319,7 @@ class Run:
         settings = self.free, self.forward, self.autocast
         source = methods.batches(args.method, self.loader, *settings)
         self.model.train()
-        methods.change(self.free, self.changes.get(0, {}))
+        methods.change(self.free, self.changes.get(self.step, {}))
         while self.step < self.total:
             for x, y in source:
                 loss = self.loss(x, y)

@@ -92,7 +92,7 @@ def plan(args: argparse.Namespace, updates: float) -> tuple[int, dict[int, dict[
             change[name] = ASSIGNED[name](value)
         ascents = change.get("ascents", ascents)
         if change:
-            changes[round(made)] = change
+            changes.setdefault(round(made), {}).update(change)
         begin = end
     return round(made), changes
 

@@ -15,9 +15,9 @@ from typing import Any
 import cifar10
 import methods
 import torch
-from records import environment, write
 from torch import Tensor
 from torch.nn import functional
+from turns import conclude
 
 from free_adv import pgd
 
@@ -97,16 +97,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         line = [*TRAINING.split(), *argv[cut + 1 :], *ROWS[name].split(), "--data", str(args.data)]
         run = cifar10.Run(cifar10.parse(line), images, labels, len(classes))
         rows.append({"method": name, "strength": watch(run, args.every)})
-    record = {
-        "arguments": cifar10.arguments(run.args),
-        "environment": environment(run.device),
-        "rows": rows,
-        "table": table(rows),
-    }
-    if args.json:
-        write(args.json, record)
-    print("\n".join(record["table"]))
-    return record
+    return conclude(run, rows, table(rows), args.json)
 
 
 if __name__ == "__main__":

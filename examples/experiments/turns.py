@@ -95,15 +95,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             cifar10.parse([*line, "--data", str(args.data)]), images, labels, len(classes)
         )
         rows.append({"window": window, **watch(run)})
-    record = {
-        "arguments": cifar10.arguments(run.args),
-        "environment": environment(run.device),
-        "rows": rows,
-        "table": table(rows),
-    }
-    if args.json:
-        write(args.json, record)
-    print("\n".join(record["table"]))
+    return conclude(run, rows, table(rows), args.json)
+
+
+def conclude(
+    run: cifar10.Run, rows: list[dict[str, Any]], lines: list[str], path: Path | None
+) -> dict[str, Any]:
+    """Print the table of what was measured, by runs like this one, and write it down."""
+    arguments, found = cifar10.arguments(run.args), environment(run.device)
+    record = {"arguments": arguments, "environment": found, "rows": rows, "table": lines}
+    if path:
+        write(path, record)
+    print("\n".join(lines))
     return record
 
 
