@@ -275,6 +275,34 @@ def test_a_run_goes_on_bit_equal_from_after_any_update(method, more, data, tmp_p
         assert equal(whole.state(), run.state())
 
 
+def test_a_budget_in_parts_goes_on_bit_equal_before_and_behind_a_change(data, tmp_path):
+    parts = [
+        "--replays",
+        "1",
+        "--start",
+        "zero",
+        "--later",
+        "0",
+        "ascents=1",
+        "--later",
+        "0.5",
+        "ascents=2",
+        "noise=1",
+    ]
+    whole, states = begin(data, *parts), []
+    for _ in whole.updates():
+        if whole.step in (14, 15, 16, 20):
+            cifar10.save(tmp_path / f"{whole.step}.pt", whole.state())
+            states.append(whole.step)
+    assert (whole.free.ascents, whole.free.noise) == (2, 1)
+    for step in states:
+        run = begin(data, *parts)
+        run.go_on(cifar10.load(tmp_path / f"{step}.pt"))
+        for _ in run.updates():
+            pass
+        assert equal(whole.state(), run.state())
+
+
 def test_every_method_makes_the_same_number_of_updates_and_anneals(data):
     for method in ("natural", "free", "free-public", "fgsm-rs"):
         run = begin(data, "--method", method)
