@@ -471,7 +471,6 @@ def test_the_clean_loss_of_a_text_is_that_of_its_clean_embeddings(names_for, mon
     assert torch.equal(clean[0], torch.nn.functional.embedding(words, before[0]))
 
 
-@pytest.mark.slow
 def test_the_tutorial_runs_and_its_outputs_and_pictures_are_those_of_its_code(tmp_path, capsys):
     names = tutorial.run()
     printed = re.findall(r"clean +([\d.]+)% robust +([\d.]+)%", capsys.readouterr().out)

@@ -72,7 +72,6 @@ def script(word):
     return next((str(place) for place in places if place.exists()), word)
 
 
-@pytest.mark.slow
 def test_the_quick_start_trains_prints_its_table_and_draws_its_picture(tmp_path):
     words = [sys.executable, script("quickstart.py")]
     job = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
