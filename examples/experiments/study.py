@@ -29,6 +29,7 @@ JUDGED = (
 )
 FREE = "--method free --replays"
 TURNS = f"{FREE} 8 --window 8"
+ONE = "--method n-fgsm"
 LATE = f"{FREE} 1 --start zero --later 0.3 ascents=1 noise=2"
 EPS_8 = "--test-eps 8/255"
 BOTH = "--label-smoothing 0.1 --ema 0.999"
@@ -109,6 +110,16 @@ STUDIES: dict[str, dict[str, str]] = {
         "FGSM-RS": "--method fgsm-rs",
         "N-FGSM": "--method n-fgsm",
     },
+    "mixed": {  # one change at a time beside N-FGSM, at its cost
+        "N-FGSM": ONE,
+        "natural for 0.3 of the cost, then N-FGSM": LATE,
+        "with averaged weights": f"{ONE} --ema 0.999",
+        "with noise that fades": f"{ONE} --later 0.5 noise=1 --later 0.8 noise=0.5",
+        "with eps that rises": f"{ONE} --eps 4/255 --later 0.3 eps=6/255 --later 0.6 eps=8/255 {EPS_8}",
+        "with delta carried over, noise of one eps": f"{ONE} --start carry --noise 1",
+        "with two replays, W=8": f"{ONE} --replays 2 --window 8",
+        "natural for 0.3 of the cost, then N-FGSM, averaged": f"{LATE} --ema 0.999",
+    },
     "wide": {
         "natural": "--method natural",
         **{f"Free, m=8, W={w}": f"{FREE} 8 --window {w}" for w in (1, 8)},
@@ -130,12 +141,13 @@ BASES = {  # arguments of all rows, SMALL where none are given
     "window": SMALLER,
     "extras": f"{SMALLER} --lr 0.2",
     "frontier": f"{RESIDUAL} --passes 20 --looks 5",
+    "mixed": f"{RESIDUAL} --passes 20 --looks 5 --images 20000",
     "sixteen": f"{RESIDUAL} --passes 10 --looks 10 --eps 16/255 --test-eps 8/255",
     "wide": f"--model cnn-32 --passes 24 --lr 0.2 --amp bf16 {JUDGED}",
 }
 QUICKS = {  # without AutoAttack
     **dict.fromkeys(BASES, "--attacks pgd-20-1 pgd-50"),
-    **dict.fromkeys(("frontier", "sixteen"), "--attacks pgd-20-1 cw-40"),
+    **dict.fromkeys(("frontier", "mixed", "sixteen"), "--attacks pgd-20-1 cw-40"),
 }
 RATES = {"window": ("0.1", "0.2")}  # of which each row takes the one that is better held out
 
