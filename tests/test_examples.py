@@ -76,15 +76,17 @@ def test_the_quick_start_trains_prints_its_table_and_draws_its_picture(tmp_path)
     words = [sys.executable, script("quickstart.py")]
     job = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     rows = table(job.stdout)
-    assert list(rows) == ["natural", "Free"], job.stderr
-    assert rows["Free"][1] > rows["natural"][1] + 0.4
+    assert list(rows) == ["natural", "Free", "N-FGSM"], job.stderr
+    for name in ("Free", "N-FGSM"):
+        assert rows[name][1] > rows["natural"][1] + 0.4
     assert (tmp_path / "quickstart.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_loops_of_the_quick_start_differ_in_three_lines():
     text = (EXAMPLES / "quickstart.py").read_text()
     loops = re.findall(r"^for _ in range.*?schedule\.step\(\)\n", text, re.M | re.S)
-    natural, free = (re.sub(r" *# .*", "", loop).splitlines() for loop in loops)
+    natural, free, n_fgsm = (re.sub(r" *# .*", "", loop).splitlines() for loop in loops)
+    assert n_fgsm == free
     assert [line for line in free if line not in natural] == [
         "for _ in range(free.epochs(24)):",
         "    for x, y in free.replay(loader):",
