@@ -735,7 +735,7 @@ def test_every_committed_result_and_picture_is_in_a_page():
 
 
 def test_the_ranges_over_seeds_in_the_text_are_those_of_the_files():
-    text = re.sub(r"\s+", " ", (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8"))
+    text = re.sub(r"\s+", " ", (ROOT / "docs/measurements.md").read_text(encoding="utf-8"))
     files = [ROOT / "docs" / "benchmarks" / f"comparison-{seed}.json" for seed in range(3)]
     rows = [json.loads(f.read_text(encoding="utf-8"))["rows"] for f in files]
     for method, key, scale, digits, phrase in (
