@@ -698,6 +698,22 @@ def test_the_figures_of_cifar10_in_the_text_are_those_of_the_file():
     )
 
 
+def test_the_comparisons_on_the_residual_network_are_those_of_the_file():
+    text = re.sub(r"\s+", " ", (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8"))
+    table = json.loads((ROOT / "docs/benchmarks/frontier.json").read_text("utf-8"))["table"][2:]
+    rows = (line.strip("| ").split(" | ") for line in table)
+    cells = {row[0]: [float(cell.split(" ")[0]) for cell in row[2:]] for row in rows}
+    loop, window, ascent = (cells[name] for name in ("Free, m=8, W=1", "Free, m=8, W=8", "N-FGSM"))
+    for better, worse, phrase in (
+        (ascent, loop, "{} points more clean accuracy, {} more under PGD-20 and {} under CW-40"),
+        (window[:1], loop[:1], "{} points more clean accuracy, 0"),
+        (loop[1:], window[1:], "{} less under PGD-20, within the error, and {} less under CW-40"),
+        (ascent[1:], window[1:], "as accurate, and {} and {} points less robust"),
+    ):
+        gains = (f"{high - low:.1f}" for high, low in zip(better, worse, strict=True))
+        assert phrase.format(*gains) in text
+
+
 PUBLISHED = r"<!-- published:(?: https://\S+)+ -->\n(?:\|.*\n)+"
 TABLE = r"<!-- ((?:benchmarks/\S+\.json ?)+)(\w+)? ?-->\n((?:\|.*\n)+)"  # rows of each file
 
@@ -735,7 +751,7 @@ def test_every_committed_result_and_picture_is_in_a_page():
 
 
 def test_the_ranges_over_seeds_in_the_text_are_those_of_the_files():
-    text = re.sub(r"\s+", " ", (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8"))
+    text = re.sub(r"\s+", " ", (ROOT / "docs/measurements.md").read_text(encoding="utf-8"))
     files = [ROOT / "docs" / "benchmarks" / f"comparison-{seed}.json" for seed in range(3)]
     rows = [json.loads(f.read_text(encoding="utf-8"))["rows"] for f in files]
     for method, key, scale, digits, phrase in (
