@@ -526,6 +526,10 @@ def test_a_study_makes_its_table_from_runs_that_it_keeps(data, tmp_path, capsys)
     begun = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
     study.main(["finetune", *made, "--seeds", "2", "--", *more])  # all of it is there
     assert begun == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    study.main(["finetune", *made, "--seeds", "2", "--once", "natural", "--", *more])
+    record = json.loads((tmp_path / "study.json").read_text())
+    assert [r["arguments"]["seed"] for r in record["runs"]] == [0] * 4 + [1] * 3
+    assert record["table"][2].endswith("(seeds: 1) |")
     with pytest.raises(
         SystemExit, match=r"natural-0 has eps 0\.031\d*, not 0\.062\d*: take another"
     ):

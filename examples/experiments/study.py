@@ -294,6 +294,8 @@ def main(argv: list[str] | None = None) -> None:
         "--full-seeds", type=int, default=1, help="seeds with AutoAttack, minutes each"
     )
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these, by name")
+    once = "rows with seed 0 only, by name"
+    parser.add_argument("--once", nargs="+", default=[], metavar="ROW", help=once)
     parser.add_argument("--json", type=Path, help="all results")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args(argv[:cut])
@@ -306,6 +308,7 @@ def main(argv: list[str] | None = None) -> None:
         flat(run(label, arguments, seed, args, rates[label][0]))
         for seed in range(args.seeds)
         for label, arguments in rows.items()
+        if seed == 0 or label not in args.once
     ]
     if args.json:
         chosen = {"rates": {label: scores for label, (_, scores) in rates.items() if scores}}
