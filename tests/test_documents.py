@@ -212,7 +212,7 @@ SETTINGS = {
 # Pages whose Python goes on from the loop of their first diff.
 AFTER_THE_LOOP = ["timm", "lightning", "accelerate", "trainer"]
 # Excerpts from the middle of a script; tests/test_timm_script.py runs the script.
-EXCERPTS = [("docs/guide/timm.md", 1)]
+EXCERPTS = [("docs/guide/timm.md", 1), ("docs/guide/timm.md", 2)]
 
 
 @pytest.fixture
