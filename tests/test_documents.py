@@ -492,6 +492,25 @@ def test_the_clean_loss_of_a_text_is_that_of_its_clean_embeddings(names_for, mon
     assert torch.equal(clean[0], torch.nn.functional.embedding(words, before[0]))
 
 
+def test_the_mask_of_a_text_goes_along_with_its_embeddings_through_an_attack(names_for, capsys):
+    names = names_for("docs/guide/text.md")
+    (*_, code) = blocks("docs/guide/text.md", "python")
+    model = names["model"].eval()
+    free = FreeAdversarial(names["optimizer"], eps=0.3, norm="l2", at=model.bert.embeddings)
+    names |= {"embed": model.get_input_embeddings(), "free": free, "evaluate": evaluate}
+    exec(code, names)
+    (x, y), batch = names["embedded"][0], names["tokenised"][0]
+    assert not batch["attention_mask"].all()
+    x_adv = pgd(names["logits"], x, y, free.threat, steps=3)
+    for images in (x, x_adv):
+        mask = batch["attention_mask"]
+        wanted = model(inputs_embeds=images[..., :-1], attention_mask=mask).logits
+        torch.testing.assert_close(names["logits"](images), wanted)
+    whole = model(inputs_embeds=x[..., :-1]).logits
+    assert not torch.allclose(names["logits"](x), whole)
+    assert not torch.allclose(x_adv[..., -1], x[..., -1])
+
+
 def test_the_tutorial_runs_and_its_outputs_and_pictures_are_those_of_its_code(tmp_path, capsys):
     names = tutorial.run()
     printed = re.findall(r"clean +([\d.]+)% robust +([\d.]+)%", capsys.readouterr().out)

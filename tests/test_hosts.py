@@ -496,7 +496,9 @@ def free_of_digits(**arguments):
 def judged(net, loaders):
     """Accuracy, clean and robust, over loaders of as many images, and a copy of the weights."""
     found = [evaluate(net, loader, DIGITS, steps=5, progress=False) for loader in loaders]
-    clean, robust = (sum(f) / len(found) for f in zip(*((f.clean, f.robust) for f in found), strict=False))
+    clean, robust = (
+        sum(f) / len(found) for f in zip(*((f.clean, f.robust) for f in found), strict=False)
+    )
     return clean, robust, copy.deepcopy(net.state_dict())
 
 
