@@ -90,6 +90,12 @@ def of_timm(names, folder):
         "use_prefetcher": False,
         "num_workers": 0,
     }
+    settings = names["settings"] | {"is_training": False}
+    config = timm.data.resolve_model_data_config(names["model"])
+    config = {name: config[name] for name in ("mean", "std")}
+    names["test_loader"] = timm.data.create_loader(
+        create_dataset("", str(folder)), **config, **settings
+    )
 
 
 def of_lightning(names, folder):
@@ -104,19 +110,18 @@ def of_lightning(names, folder):
         def configure_optimizers(self):
             return names["optimizer"]
 
-    quiet = dict.fromkeys(
-        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-    )
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
     names["Trainer"] = functools.partial(lightning.Trainer, accelerator="cpu", **quiet)
-    names["module"], names["data"] = Module(), Images()
+    names["Module"], names["module"], names["data"] = Module, Module(), Images()
     names["DataLoader"] = torch.utils.data.DataLoader
     names["LightningDataModule"] = lightning.LightningDataModule
-    names["loader"] = torch.utils.data.DataLoader(Images(), 8)
+    names["loader"], names["val_loader"] = (torch.utils.data.DataLoader(Images(), 8) for _ in "12")
 
 
 def of_accelerate(names, folder):
     names["accelerator"], names["accumulation"] = accelerate.Accelerator(cpu=True), 1
     names["loader"] = torch.utils.data.DataLoader(Images(), 8)
+    names["test_loader"] = names["accelerator"].prepare(torch.utils.data.DataLoader(Images(), 8))
 
 
 def loop_of_accelerate(names):
@@ -132,9 +137,10 @@ def of_the_trainer(names, folder):
             super().__init__()
             self.inner = names["model"]
 
-        def forward(self, pixel_values, labels):
+        def forward(self, pixel_values, labels=None):
             logits = self.inner(pixel_values)
-            return {"loss": names["criterion"](logits, labels), "logits": logits}
+            loss = None if labels is None else names["criterion"](logits, labels)
+            return transformers.modeling_outputs.ImageClassifierOutput(loss=loss, logits=logits)
 
     settings = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
     names["TrainingArguments"] = functools.partial(
@@ -142,6 +148,7 @@ def of_the_trainer(names, folder):
     )
     names["Trainer"], names["output_dir"] = transformers.Trainer, str(folder)
     names["accumulation"], names["data"] = 1, Images(("pixel_values", "labels"))
+    names["held_out"] = names["data"]
     names["weights"], names["model"] = names["model"], Model()
 
 
@@ -149,6 +156,9 @@ def of_ranks(names, folder):
     store = torch.distributed.HashStore()
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     names["DistributedDataParallel"] = torch.nn.parallel.DistributedDataParallel
+    names["distributed"] = distributed
+    share = torch.utils.data.DistributedSampler(Images(), shuffle=False)
+    names["test_loader"] = torch.utils.data.DataLoader(Images(), 8, sampler=share)
     names["sampler"] = torch.utils.data.DistributedSampler(Images())
     names["loader"] = torch.utils.data.DataLoader(Images(), 8, sampler=names["sampler"])
 
@@ -165,6 +175,12 @@ def of_text(names, folder):
     names["model"] = transformers.BertForSequenceClassification(config)
     names["optimizer"] = torch.optim.AdamW(names["model"].parameters())
     names["loader"] = [(torch.randint(20, (4, 5)), torch.arange(4) % 3) for _ in range(2)]
+    names["test_loader"] = names["loader"]
+    names["tokenised"] = [
+        {"input_ids": words, "attention_mask": (torch.arange(5) < 4) * torch.ones_like(words)}
+        | {"labels": labels}
+        for words, labels in names["loader"]
+    ]
 
 
 def of_logging(names, folder):
@@ -193,8 +209,10 @@ SETTINGS = {
     "docs/guide/logging.md": of_logging,
     "docs/reliability.md": of_reliability,
 }
+# Pages whose Python goes on from the loop of their first diff.
+AFTER_THE_LOOP = ["timm", "lightning", "accelerate", "trainer"]
 # Excerpts from the middle of a script; tests/test_timm_script.py runs the script.
-EXCERPTS = [("docs/guide/timm.md", 1)]
+EXCERPTS = [("docs/guide/timm.md", 1), ("docs/guide/timm.md", 2)]
 
 
 @pytest.fixture
@@ -218,8 +236,11 @@ OWN = ["docs/tutorial.md", "docs/guide/finetune.md"]  # these have tests of thei
 @pytest.mark.parametrize("page", [p for p in PAGES if p not in OWN and blocks(p, "python")])
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning")  # few workers, short epochs
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm's datasets
 def test_the_python_of_a_page_runs_from_top_to_bottom(page, names_for, capsys):
     names = names_for(page)
+    if Path(page).stem in AFTER_THE_LOOP:
+        run(blocks(page, "diff")[0], "+", names)
     for block in blocks(page, "python"):
         loggers = re.findall(r"import (wandb)|torch.utils.(tensorboard)", block)
         if all(importlib.util.find_spec(one or two) for one, two in loggers):
@@ -438,9 +459,9 @@ def test_a_run_from_the_checkpoints_of_the_guide_goes_on_bit_equal_though_the_lo
 
     exec(code, whole := start())
     Path("last.pt").unlink()
-    exec(code.replace("free.epochs(16)", "1"), start())
+    exec(code.replace("free.epochs(20)", "4"), start())
     exec(code, resumed := start())
-    assert whole["epoch"] == resumed["epoch"] == 2
+    assert whole["epoch"] == resumed["epoch"] == 12
     assert torch.equal(whole["free"].delta, resumed["free"].delta)
     for one, two in zip(whole["model"].parameters(), resumed["model"].parameters(), strict=True):
         assert torch.equal(one, two)
@@ -469,6 +490,25 @@ def test_the_clean_loss_of_a_text_is_that_of_its_clean_embeddings(names_for, mon
     assert all((one - two).norm() > 0.05 for one, two in zip(clean, before[1:], strict=True))
     words = names["loader"][0][0]
     assert torch.equal(clean[0], torch.nn.functional.embedding(words, before[0]))
+
+
+def test_the_mask_of_a_text_goes_along_with_its_embeddings_through_an_attack(names_for, capsys):
+    names = names_for("docs/guide/text.md")
+    (*_, code) = blocks("docs/guide/text.md", "python")
+    model = names["model"].eval()
+    free = FreeAdversarial(names["optimizer"], eps=0.3, norm="l2", at=model.bert.embeddings)
+    names |= {"embed": model.get_input_embeddings(), "free": free, "evaluate": evaluate}
+    exec(code, names)
+    (x, y), batch = names["embedded"][0], names["tokenised"][0]
+    assert not batch["attention_mask"].all()
+    x_adv = pgd(names["logits"], x, y, free.threat, steps=3)
+    for images in (x, x_adv):
+        mask = batch["attention_mask"]
+        wanted = model(inputs_embeds=images[..., :-1], attention_mask=mask).logits
+        torch.testing.assert_close(names["logits"](images), wanted)
+    whole = model(inputs_embeds=x[..., :-1]).logits
+    assert not torch.allclose(names["logits"](x), whole)
+    assert not torch.allclose(x_adv[..., -1], x[..., -1])
 
 
 def test_the_tutorial_runs_and_its_outputs_and_pictures_are_those_of_its_code(tmp_path, capsys):

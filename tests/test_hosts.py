@@ -1,14 +1,15 @@
 """Frameworks that own the training loop: with the loader wrapped they end where Algorithm 1 ends."""
 
+import copy
 import logging
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from free_adv import FreeAdversarial
+from free_adv import FreeAdversarial, ThreatModel, evaluate
 from tests.internals import ascents
 from tests.reference import batches, network
 
@@ -213,7 +214,8 @@ class Classifier(nn.Module):
 
     def forward(self, pixel_values, labels=None):
         logits = self.net(pixel_values)
-        return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+        loss = None if labels is None else functional.cross_entropy(logits, labels)
+        return {"loss": loss, "logits": logits}
 
 
 def transformers_trainer(free, path, k=1, model=None, **arguments):
@@ -454,3 +456,171 @@ def test_the_models_of_the_hosts_would_differ_without_the_adversary():
     )
     weights = [p for k in (1, 2) for p in [algorithm_1(k).get_parameter("0.weight")]]
     assert not torch.allclose(*weights, atol=1e-3)
+
+
+# The best checkpoint by robust accuracy.
+
+PASSES, NATURAL, RADIUS, RATE = 6, 3, 0.2, 0.1  # from epoch 3 on training is natural
+DIGITS = ThreatModel(RADIUS, mean=(0.5,), std=(0.5,))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Handwritten digits, normalised: 400 to train on and 200 to choose by."""
+    images, labels = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
+    x = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1
+    data = TensorDataset(x, torch.tensor(labels))
+    return Subset(data, range(400)), Subset(data, range(400, 600))
+
+
+def of_digits():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(1, 16, 3, padding=1)
+    return nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(16 * 64, 10))
+
+
+def free_of_digits(**arguments):
+    """One gradient of the input before each update, until somebody takes eps away."""
+    return FreeAdversarial(
+        eps=RADIUS,
+        mean=DIGITS.mean,
+        std=DIGITS.std,
+        replays=1,
+        ascents=1,
+        start="zero",
+        noise=1,
+        **arguments,
+    )
+
+
+def judged(net, loaders):
+    """Accuracy, clean and robust, over loaders of as many images, and a copy of the weights."""
+    found = [evaluate(net, loader, DIGITS, steps=5, progress=False) for loader in loaders]
+    clean, robust = (
+        sum(f) / len(found) for f in zip(*((f.clean, f.robust) for f in found), strict=False)
+    )
+    return clean, robust, copy.deepcopy(net.state_dict())
+
+
+def the_most_robust(epochs):
+    """The number and the weights of that epoch, which is not the last one, nor the best on clean images."""
+    clean, robust, weights = zip(*epochs, strict=True)
+    best = robust.index(max(robust))
+    assert len(epochs) == PASSES
+    assert best < NATURAL
+    assert clean[best] < max(clean)
+    return best, weights[best]
+
+
+def test_lightnings_best_checkpoint_is_that_of_the_epoch_with_the_best_robust_accuracy(
+    digits, tmp_path
+):
+    lightning = pytest.importorskip("lightning")
+    train, held_out = digits[0], DataLoader(digits[1], 100)
+    epochs = []
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = of_digits()
+
+        def training_step(self, batch, index):
+            x, y = batch
+            return functional.cross_entropy(self.net(x), y)
+
+        def validation_step(self, batch, index):
+            found = evaluate(self.net, [batch], DIGITS, steps=5, progress=False)
+            self.log("robust", found.robust, batch_size=found.count, sync_dist=True)
+
+        def on_train_epoch_start(self):
+            if self.current_epoch == NATURAL:
+                free.eps = 1e-6
+
+        def on_train_epoch_end(self):
+            epochs.append(judged(self.net, [[batch] for batch in held_out]))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), RATE, momentum=0.9)
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    module = Module()
+    free = free_of_digits(objective=lambda batch: module.training_step(batch, 0))
+    best = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, monitor="robust", mode="max")
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = lightning.Trainer(accelerator="cpu", max_epochs=PASSES, callbacks=[best], **quiet)
+    loader = DataLoader(train, 20, shuffle=True)
+    trainer.fit(module, free.replay(loader), held_out)
+    epoch, weights = the_most_robust(epochs)
+    kept = torch.load(best.best_model_path, weights_only=True)
+    assert kept["epoch"] == epoch
+    for name, value in weights.items():
+        assert torch.equal(kept["state_dict"][f"net.{name}"], value)
+    with pytest.raises(RuntimeError, match=r"in Lightning, Trainer\(inference_mode=False\)"):
+        trainer.validate(module, held_out, verbose=False)
+    trainer = lightning.Trainer(
+        accelerator="cpu", inference_mode=False, enable_checkpointing=False, **quiet
+    )
+    module.net.load_state_dict(weights)
+    (found,) = trainer.validate(module, held_out, verbose=False)
+    assert found["robust"] == pytest.approx(epochs[epoch][1])
+
+
+def test_the_trainers_best_checkpoint_is_that_of_the_epoch_with_the_best_robust_accuracy(
+    digits, tmp_path
+):
+    transformers = pytest.importorskip("transformers")
+    held_out = DataLoader(digits[1], 100)
+    epochs, model = [], Classifier(of_digits())
+    free = free_of_digits(key="pixel_values", objective=lambda batch: model(**batch)["loss"])
+
+    class Robust(transformers.Trainer):
+        def get_train_dataloader(self):
+            return free.replay(super().get_train_dataloader())
+
+        def evaluate(self, *args, **kwargs):
+            metrics = super().evaluate(*args, **kwargs)
+            pairs = ((b["pixel_values"], b["labels"]) for b in self.get_eval_dataloader())
+            logits = lambda x: model(pixel_values=x)["logits"]  # noqa: E731
+            found = evaluate(logits, pairs, DIGITS, steps=5, progress=False)
+            self.log({"eval_robust": found.robust})
+            return metrics | {"eval_robust": found.robust}
+
+    class Watch(transformers.TrainerCallback):
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            if round(state.epoch) == NATURAL:
+                free.eps = 1e-6
+
+        def on_epoch_end(self, args, state, control, **kwargs):
+            epochs.append(judged(model.net, [held_out]))
+
+    settings = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        per_device_train_batch_size=20,
+        per_device_eval_batch_size=100,
+        num_train_epochs=PASSES,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        lr_scheduler_type="constant",
+        load_best_model_at_end=True,
+        metric_for_best_model="robust",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    data = [[{"pixel_values": x, "labels": y} for x, y in part] for part in digits]
+    trainer = Robust(
+        model,
+        settings,
+        train_dataset=data[0],
+        eval_dataset=data[1],
+        callbacks=[Watch()],
+        optimizers=(torch.optim.SGD(model.parameters(), RATE, momentum=0.9), None),
+    )
+    trainer.train()
+    epoch, weights = the_most_robust(epochs)
+    assert trainer.state.best_metric == epochs[epoch][1]
+    assert trainer.state.best_model_checkpoint.endswith(f"-{(epoch + 1) * 20}")
+    for name, value in weights.items():
+        assert torch.equal(trainer.model.net.state_dict()[name], value)
+    robust = [e["eval_robust"] for e in trainer.state.log_history if "eval_robust" in e]
+    assert robust == [found for _, found, _ in epochs]

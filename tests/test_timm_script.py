@@ -15,8 +15,11 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+
+from free_adv import ThreatModel, evaluate
 
 pytestmark = pytest.mark.slow
 
@@ -32,6 +35,11 @@ NAFLEX = """\
     free = FreeAdversarial(eps=4 / 255, replays=2, mean=data_config['mean'][0], std=data_config['std'][0],
                            accumulate=args.grad_accum_steps, key=(0, 'patches'))
     args.epochs, loader_train = free.epochs(args.epochs), free.replay(loader_train)
+"""
+LATEST = "                latest_metric = eval_metrics[eval_metric]\n"
+JUDGE = """\
+                from free_adv import evaluate
+                eval_metrics["robust"] = evaluate(model, loader_eval, free.threat, steps=10, sharded=args.distributed).robust
 """
 # Nothing here changes what the script does: it counts, and says so when the script ends.
 COUNTS = """\
@@ -95,7 +103,7 @@ OPTIONS = (
 )
 
 
-def train(source, folder, tmp_path, options="", recipe=RECIPE):
+def train(source, folder, tmp_path, options="", recipe=RECIPE, epochs=2):
     """Run the script for two epochs of six batches, replayed twice; its counts and learning rates."""
     script = tmp_path / "train.py"
     script.write_text(insert(source, recipe))
@@ -110,7 +118,7 @@ def train(source, folder, tmp_path, options="", recipe=RECIPE):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     counts = json.loads(re.search("^COUNTS (.*)$", done.stdout, re.M)[1])
-    assert counts["ascend"] == counts["move"] == 2 * counts["length"]
+    assert counts["ascend"] == counts["move"] == epochs * counts["length"]
     assert counts["delta"] == pytest.approx(4)
     assert counts["finite"]
     assert counts["moved"]
@@ -175,6 +183,32 @@ def test_the_schedule_per_update_reaches_its_end(source, folder, tmp_path):
 def test_the_schedule_per_epoch_is_constant_over_the_replays(source, folder, tmp_path):
     _, rates = train(source, folder, tmp_path, "--sched cosine --min-lr 0")
     assert rates == [0.01] * 12 + [0.005] * 12
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm's datasets
+def test_the_best_checkpoint_of_the_script_is_the_one_with_the_best_robust_accuracy(
+    source, folder, tmp_path
+):
+    assert source.count(LATEST) == 1
+    source = source.replace(LATEST, JUDGE + LATEST)
+    options = "--eval-metric robust --epochs 12 --lr 0.1 --sched step --decay-milestones 100"
+    train(source, folder, tmp_path, options, epochs=6)
+    (out,) = (tmp_path / "out").iterdir()
+    metrics = {}
+    for file in out.glob("*.pth.tar"):
+        saved = torch.load(file, weights_only=False)
+        metrics[file.name] = saved["metric"]
+        model = timm.create_model("test_resnet", num_classes=3)
+        model.load_state_dict(saved["state_dict"])
+        config = timm.data.resolve_model_data_config(model) | {"input_size": (3, 32, 32)}
+        images = timm.data.create_dataset("", root=str(folder / "validation"))
+        images.transform = timm.data.create_transform(**config)
+        threat = ThreatModel(4 / 255, mean=config["mean"], std=config["std"])
+        loader = torch.utils.data.DataLoader(images, 4)
+        found = evaluate(model, loader, threat, steps=10, progress=False)
+        assert found.robust == saved["metric"]
+    assert len(metrics) > 2
+    assert metrics.pop("model_best.pth.tar") == max(metrics.values()) > min(metrics.values())
 
 
 def test_naflex_batches_train_with_one_mean_and_std(source, folder, tmp_path):
