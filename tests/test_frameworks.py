@@ -248,14 +248,17 @@ def test_a_loop_with_segmentation_models_pytorch_ends_at_the_weights_of_algorith
 # The host makes the loader: the method that returns it is overridden.
 
 
+@pytest.mark.filterwarnings("ignore:No loggers specified")
 @both
 def test_avalanche_ends_at_the_weights_of_algorithm_1(way):
     supervised = needs("avalanche.training.supervised")
     benchmarks, utils = needs("avalanche.benchmarks"), needs("avalanche.benchmarks.utils")
-    logging = needs("avalanche.training.plugins")
+    plugins = needs("avalanche.training.plugins")
     data = dataset()
+    data.targets = data.tensors[1].tolist()  # as torchvision's have
     model = network()
-    free = free_for(model, way)
+    quiet = way | {"noise": 0}  # the loader's seeds are drawn from the random numbers that noise comes from
+    free = free_for(model, quiet)
 
     class FreeNaive(supervised.Naive):
         def make_train_dataloader(self, **kwargs):
@@ -271,12 +274,134 @@ def test_avalanche_ends_at_the_weights_of_algorithm_1(way):
         criterion=nn.CrossEntropyLoss(),
         train_mb_size=8,
         train_epochs=EPOCHS,
-        evaluator=logging.EvaluationPlugin(),
+        evaluator=plugins.EvaluationPlugin(),
     )
     torch.manual_seed(1)
     for experience in stream:
         strategy.train(experience, shuffle=False)
-    agree(model, algorithm_1(way))
+    agree(model, algorithm_1(quiet))
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+@both
+def test_darts_ends_at_the_weights_of_algorithm_1(way):
+    darts, models = needs("darts"), needs("darts.models")
+    lightning = needs("pytorch_lightning")
+    before = {}
+
+    class FreeTrainer(lightning.Trainer):
+        def fit(self, model, datamodule, **kwargs):
+            loader = datamodule.train_dataloader()
+            before["model"], before["layer"] = model, copy.deepcopy(model.layer)
+            before["loader"] = [(b.past_target, b.future_target) for b in loader]
+            torch.manual_seed(1)
+            super().fit(model, free.replay(loader), **kwargs)
+
+    def loss_of(batch):
+        output = before["model"](batch.to_module_input()).prediction[..., 0]
+        return functional.mse_loss(output, batch.future_target)
+
+    free = FreeAdversarial(eps=EPS, key="past_target", bounds=None, objective=loss_of, **way)
+    forecaster = models.NLinearModel(
+        input_chunk_length=8,
+        output_chunk_length=2,
+        normalize=False,
+        batch_size=8,
+        optimizer_cls=torch.optim.SGD,
+        optimizer_kwargs={"lr": LR, "momentum": 0.9},
+    )
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = FreeTrainer(
+        accelerator="cpu", max_epochs=EPOCHS, enable_model_summary=False, **quiet
+    )
+    forecaster.fit(
+        darts.TimeSeries.from_values(torch.rand(40, 1).numpy()),
+        trainer=trainer,
+        dataloader_kwargs={"shuffle": False, "pin_memory": False, "generator": torch.Generator()},
+    )
+    twin = before["layer"]
+    torch.manual_seed(1)
+    written_out(
+        lambda x, y: functional.mse_loss(twin(x.flatten(1)), y.flatten(1)),
+        sgd(twin),
+        before["loader"],
+        way,
+        bounds=None,
+    )
+    agree(forecaster.model.layer, twin)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")
+@both
+def test_the_sft_trainer_of_trl_with_lora_ends_at_the_weights_of_algorithm_1(way, tmp_path):
+    trl, peft, datasets = needs("trl"), needs("peft"), needs("datasets")
+    transformers, tokenizers = needs("transformers"), needs("tokenizers")
+    words = {w: i for i, w in enumerate(["<pad>", "<eos>", *"abcdefgh"])}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<pad>")),
+        pad_token="<pad>",
+        eos_token="<eos>",
+    )
+    texts = torch.randint(2, len(words), (11, 6)).tolist()
+    config = transformers.LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    embed = model.get_input_embeddings()
+    free = FreeAdversarial(eps=EPS, at=embed, **way, objective=lambda b: trainer.model(**b).loss)
+
+    class FreeTrainer(trl.SFTTrainer):
+        def get_train_dataloader(self):
+            return free.replay(super().get_train_dataloader())
+
+    trainer = FreeTrainer(
+        model,
+        trl.SFTConfig(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            bf16=False,
+            per_device_train_batch_size=4,
+            num_train_epochs=EPOCHS,
+            learning_rate=LR,
+            lr_scheduler_type="constant",
+            max_grad_norm=0,
+            train_sampling_strategy="sequential",
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        ),
+        train_dataset=datasets.Dataset.from_dict({"input_ids": texts}),
+        processing_class=tokenizer,
+        peft_config=peft.LoraConfig(r=2, lora_dropout=0.0, target_modules=["q_proj", "v_proj"]),
+        optimizers=(None, None),
+    )
+    trainer.optimizer = sgd(trainer.model)
+    twin = copy.deepcopy(trainer.model)
+    loader = [torch.tensor(texts[i : i + 4]) for i in range(0, len(texts), 4)]
+    torch.manual_seed(1)
+    trainer.train()
+
+    def loss_of(x, ids):
+        scores = twin(inputs_embeds=x, attention_mask=torch.ones_like(ids)).logits
+        return functional.cross_entropy(scores[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    moved = twin.get_input_embeddings()
+    pairs = [(moved.forward(ids).detach(), ids) for ids in loader]
+    torch.manual_seed(1)
+    written_out(loss_of, sgd(twin), pairs, way, bounds=None)
+    changed = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert changed
+    agree(trainer.model, twin, tolerance=1e-6)
 
 
 # The replay is inside the step.
