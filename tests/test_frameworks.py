@@ -478,4 +478,4 @@ def test_composer_ends_at_the_weights_of_algorithm_1(way):
     )
     torch.manual_seed(1)
     trainer.fit()
-    agree(net, algorithm_1(way), tolerance=1e-6)
+    agree(net, algorithm_1(way))
