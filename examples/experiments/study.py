@@ -119,6 +119,10 @@ STUDIES: dict[str, dict[str, str]] = {
         "with delta carried over, noise of one eps": f"{ONE} --start carry --noise 1",
         "with two replays, W=8": f"{ONE} --replays 2 --window 8",
         "natural for 0.3 of the cost, then N-FGSM, averaged": f"{LATE} --ema 0.999",
+        "FGSM-RS": "--method fgsm-rs",
+        "natural for 0.3 of the cost, then FGSM-RS": (
+            f"{FREE} 1 --start uniform --step-size 10/255 --later 0.3 ascents=1"
+        ),
     },
     "wide": {
         "natural": "--method natural",
