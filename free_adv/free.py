@@ -36,13 +36,14 @@ class FreeAdversarial:
 
     It sits beside the optimizer, as `torch.amp.GradScaler` does. Every minibatch is replayed *m* times; the one
     backward pass of a replay moves the weights down and `delta` up, and delta is carried on: Algorithm 1 of
-    "Adversarial Training for Free!" (Shafahi et al. 2019, arXiv 1904.12843). Divide the epochs by *m*: `epochs`.
-    A loop with a backward pass of its own needs only `replay`, which takes in its gradient.
+    "Adversarial Training for Free!" (Shafahi et al. 2019, arXiv 1904.12843). Train fewer epochs: `epochs`.
+    A loop with a backward pass of its own needs only `replay`, which takes in its gradient. Where the loss is a
+    function of the batch, an `objective` with `replays=1, ascents=1, start="zero", noise=2` (N-FGSM) is advised.
 
     Args:
         optimizer: The optimizer that `step` drives, or several. None for a loop that steps by itself.
         eps: Radius of the perturbations in pixel units (those of `bounds`): `8/255` for [0, 1] images.
-        replays: The paper's *m*, how often each minibatch is trained on: 8 on CIFAR, 4 on ImageNet.
+        replays: The paper's *m*, how often each minibatch is trained on: 8 on CIFAR, 4 on ImageNet; 1 with `ascents`.
         step_size: Length of an ascent step in pixel units. None means `eps`, as in the paper.
         norm: "linf" or "l2" (per sample).
         bounds: Lowest and highest valid pixel, before normalisation; None for no range. None with `at`.

@@ -1,4 +1,4 @@
-"""CIFAR-10, CIFAR-100 or any folder of small images: natural, Free, PGD-7 and FGSM-RS training by one script.
+"""CIFAR-10, CIFAR-100 or any folder of small images: natural, Free, N-FGSM, FGSM-RS and PGD-7 training.
 
     python examples/experiments/cifar10.py --data DIR --download --method free --out runs/free
 

@@ -3,7 +3,7 @@
     python examples/experiments/compare.py
     python examples/experiments/compare.py --autoattack --seed 0 --json compare-0.json --plot compare-0.png
 
-The table and the picture of the README. The methods take turns, a pass each, so that their times can be compared.
+The picture of docs/index.md, and a table of docs/measurements.md. The methods take turns, a pass each, so that their times can be compared.
 """
 
 import argparse
