@@ -39,6 +39,9 @@ class Hints:
         self.looks = 0  # in how many replays they were compared with others
         self.updates: list[int] = []  # after how many batches an optimizer has stepped
         self.moved = False  # whether delta has
+        self.summed: Tensor | None = (
+            None  # a weight that has the gradients of an update's first micro-batches
+        )
         # Where the gradients of a new shape are zero, and whether they are of float16.
         self.zeros: dict[object, tuple[Tensor, bool]] = {}
 
@@ -154,6 +157,21 @@ class Hints:
                 f"none of the {len(loop.parameters)} weights of the optimizer has a gradient, so that nothing is trained: "
                 "pass the optimizer of the model that the loss comes from; look for a model that was copied or wrapped "
                 "after the optimizer was made, and for frozen weights; ignore this if they are to stay as they are"
+            )
+
+    def sums(self, loop: Loop, ends: bool) -> None:
+        """Remember a weight to which `step` has given a gradient that the next micro-batch adds to."""
+        parameters = () if ends else loop.parameters
+        self.summed = next((p for p in parameters if p.grad is not None), None)
+
+    def of_the_sum(self, micro: int) -> None:
+        """Gradients of weights that are gone between two micro-batches of an update."""
+        if micro and self.summed is not None and self.summed.grad is None:
+            self.tell(
+                "sum",
+                f"the gradients of the {micro} micro-batches before this one are gone, so that the update has those of the "
+                "last one only: leave out optimizer.zero_grad(), which free.step(loss) makes where an update begins; "
+                "ignore this if they are to be dropped",
             )
 
     def _of_the_gaps(self, loop: Loop) -> None:

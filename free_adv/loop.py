@@ -113,7 +113,7 @@ class Loop:
     def next(self) -> Any:
         """The next batch; with the first of an update, the gradients of the one before go."""
         flight = self.flight
-        if self.spent and flight.coming.micro == 0:
+        if self.spent and flight.coming.micro == 0 and not flight.waiting:  # it is not taken ahead
             self.clean_weights()
         if flight.ascents and self.objective is not None and flight.new:
             climb(flight, self.objective, self.scaler, self.report)

@@ -38,12 +38,14 @@ def step(loop: Loop, loss: Tensor) -> None:
     try:
         if loop.spent and micro == 0:  # of a step that has failed
             loop.clean_weights()
+        loop.hints.of_the_sum(micro)
         loop.spent = True
         scaled = loss * flight.share(visit) if micro or not ends else loss
         scaled = scaled if loop.scaler is None else loop.scaler.scale(scaled)
         scaled.backward()  # type: ignore[no-untyped-call]
         if visit.waits:
             raise RuntimeError(f"the input received no gradient from this loss.\n{CURES}")
+        loop.hints.sums(loop, ends)
         if ends:
             stepping = Loop.moving = True
             _move_weights(loop)

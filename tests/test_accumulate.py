@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from free_adv import FreeAdversarial
 from tests.helpers import free_for, in_ball, loss_of
@@ -102,3 +103,20 @@ def test_a_short_last_group_without_gradients_is_refused_at_the_end_at_the_lates
     free = FreeAdversarial(eps=0.1, replays=2, accumulate=3)
     with pytest.raises(RuntimeError, match="replay 1 of 2 received no gradient"):
         list(free.replay(batches((4,))))
+
+
+def test_a_batch_of_the_next_update_that_is_taken_ahead_leaves_the_gradients_of_this_one():
+    weight, had = nn.Parameter(torch.zeros(())), []
+    sgd = torch.optim.SGD([weight], 0.1)
+    sgd.register_step_pre_hook(lambda *_: had.append(weight.grad.item()))
+    free = FreeAdversarial(sgd, eps=0.1, replays=3, accumulate=3)
+    taken = []
+    for x, _ in free.replay(batches((4, 4))):
+        taken.append(x)
+        if (
+            len(taken) == 3
+        ):  # as a host does that takes three for an update, of which this group has two
+            for x in taken:
+                free.step(weight + x.mean())  # a gradient of 1, however it is shared out
+            taken = []
+    assert had == [1.0, 1.0, 1.0]

@@ -260,3 +260,24 @@ def test_samples_of_one_number_are_not_compared(told):
         at(ids).sum().backward()
         at(scale, ids).sum().backward()
     assert told("come again") == 0
+
+
+@pytest.mark.parametrize("left", ["zero_grad", "none", "in the objective"])
+def test_gradients_that_are_gone_between_two_micro_batches_are_told_once(left, told):
+    model = network()
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+
+    def objective(batch):
+        if left == "in the objective":
+            sgd.zero_grad()
+        return loss_of(model, *batch)
+
+    settings = {"replays": 1, "ascents": 1, "objective": objective, "accumulate": 3}
+    free = FreeAdversarial(sgd, eps=0.1, **settings)
+    for x, y in free.replay(batches((4,) * 8)):
+        if left == "zero_grad":
+            sgd.zero_grad()  # as it stood there before
+        free.step(loss_of(model, x, y))
+    gone = "micro-batches before this one are gone"
+    assert told(gone) == (left != "none")
+    assert told("leave out optimizer.zero_grad()") == (left != "none")

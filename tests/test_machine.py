@@ -385,7 +385,7 @@ class Model:
         self.past = []
         self.latest = stop = self.stops[len(self.due)]
         self.turn = stop.turn
-        if stop.micro == 0:
+        if stop.micro == 0 and not self.due:  # an update that is under way keeps its gradients
             self.clean_weights()
         inputs = self.flight[stop.minibatch][stop.micro]
         due = Due(stop, inputs, [None] * len(inputs))
