@@ -85,13 +85,14 @@ class FreeAdversarial:
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> loader = [(torch.rand(16, 1, 8, 8), torch.arange(16) % 10)]
-        >>> def loss_of(batch):
-        ...     return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
-        >>> n_fgsm = {"replays": 1, "ascents": 1, "start": "zero", "noise": 2}  # the paper's: {"replays": 8}
-        >>> free = FreeAdversarial(optimizer, eps=8 / 255, objective=loss_of, **n_fgsm)
+        >>> criterion = torch.nn.CrossEntropyLoss()
+        >>> free = FreeAdversarial(  # the paper's own setting is replays=8, and not the next four
+        ...     optimizer, eps=8 / 255, replays=1, ascents=1, start="zero", noise=2,
+        ...     objective=lambda batch: criterion(model(batch[0]), batch[1]),
+        ... )
         >>> for epoch in range(free.epochs(8)):
-        ...     for batch in free.replay(loader):
-        ...         free.step(loss_of(batch))
+        ...     for x, y in free.replay(loader):
+        ...         free.step(criterion(model(x), y))
         >>> free.delta.shape, bool(free.delta.abs().max() <= 8 / 255 + 1e-7)
         (torch.Size([16, 1, 8, 8]), True)
     """

@@ -24,7 +24,7 @@ def run(script, *arguments):
 
 def table(out):
     """Method to (clean, robust), as fractions."""
-    pattern = r"^(natural|[Ff]ree|fgsm-rs|pgd-7)\s.*?([\d.]+)%\s+([\d.]+)%"
+    pattern = r"^(natural|[Ff]ree|N-FGSM|fgsm-rs|pgd-7)\s.*?([\d.]+)%\s+([\d.]+)%"
     rows = re.findall(pattern, out, re.M)
     return {name: (float(clean) / 100, float(robust) / 100) for name, clean, robust in rows}
 
@@ -202,11 +202,14 @@ def test_the_extra_brings_what_the_examples_import():
             elif isinstance(node, ast.ImportFrom):
                 found.add(node.module.split(".")[0])
     wanted = found - ours - sys.stdlib_module_names - HOSTS - OTHERS
-    extra = re.search(
-        r"^examples = \[(.*?)^\]", (EXAMPLES.parent / "pyproject.toml").read_text(), re.M | re.S
-    )
-    brought = set(re.findall(r'"([\w-]+)', extra[1]))
-    assert {MODULES.get(name, name) for name in wanted} == brought
+    project = (EXAMPLES.parent / "pyproject.toml").read_text()
+    brought = {}
+    for name, end in (("examples", r"^\]"), ("quickstart", r"\]$")):
+        extra = re.search(rf"^{name} = \[(.*?){end}", project, re.M | re.S)
+        brought[name] = set(re.findall(r'"([\w-]+)', extra[1]))
+    assert brought["quickstart"] == {"scikit-learn", "matplotlib"}
+    both = brought["examples"] - {"free-adv"} | brought["quickstart"]
+    assert {MODULES.get(name, name) for name in wanted} == both
 
 
 def test_scripts_import_helpers_from_beside_them_or_from_the_folder_that_a_line_names():
