@@ -39,9 +39,8 @@ class Hints:
         self.looks = 0  # in how many replays they were compared with others
         self.updates: list[int] = []  # after how many batches an optimizer has stepped
         self.moved = False  # whether delta has
-        self.summed: Tensor | None = (
-            None  # a weight that has the gradients of an update's first micro-batches
-        )
+        # A weight that has a gradient of the micro-batches so far.
+        self.summed: Tensor | None = None
         # Where the gradients of a new shape are zero, and whether they are of float16.
         self.zeros: dict[object, tuple[Tensor, bool]] = {}
 
@@ -169,8 +168,8 @@ class Hints:
         if micro and self.summed is not None and self.summed.grad is None:
             self.tell(
                 "sum",
-                f"the gradients of the {micro} micro-batches before this one are gone, so that the update has those of the "
-                "last one only: leave out optimizer.zero_grad(), which free.step(loss) makes where an update begins; "
+                f"the gradients of this update's earlier micro-batches ({micro} so far) are gone, so that the weights move by "
+                "those of the later ones only: leave out optimizer.zero_grad(), which free.step(loss) makes where an update begins; "
                 "ignore this if they are to be dropped",
             )
 

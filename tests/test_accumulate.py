@@ -113,9 +113,7 @@ def test_a_batch_of_the_next_update_that_is_taken_ahead_leaves_the_gradients_of_
     taken = []
     for x, _ in free.replay(batches((4, 4))):
         taken.append(x)
-        if (
-            len(taken) == 3
-        ):  # as a host does that takes three for an update, of which this group has two
+        if len(taken) == 3:  # a host takes three for an update, of which this group has two
             for x in taken:
                 free.step(weight + x.mean())  # a gradient of 1, however it is shared out
             taken = []

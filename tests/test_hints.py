@@ -278,6 +278,6 @@ def test_gradients_that_are_gone_between_two_micro_batches_are_told_once(left, t
         if left == "zero_grad":
             sgd.zero_grad()  # as it stood there before
         free.step(loss_of(model, x, y))
-    gone = "micro-batches before this one are gone"
+    gone = "earlier micro-batches"
     assert told(gone) == (left != "none")
     assert told("leave out optimizer.zero_grad()") == (left != "none")

@@ -55,9 +55,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "label_smoothing": 0.0,
     },
     "default": {},
-    "best": {
-        "method": "n-fgsm"
-    },  # docs/benchmarks.md: the most robust at the cost of natural training
+    # docs/benchmarks.md: the most robust at the cost of natural training.
+    "best": {"method": "n-fgsm"},
 }
 ATTACKS: dict[str, dict[str, Any]] = {  # with steps of eps / 4, 2/255 where eps is 8/255
     "pgd-20": {"steps": 20, "restarts": 10},
