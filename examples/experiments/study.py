@@ -100,6 +100,7 @@ STUDIES: dict[str, dict[str, str]] = {
         "N-FGSM": "--method n-fgsm",
         "natural for 0.3 of the cost, then N-FGSM": LATE,
         "one ascent, m=2, W=8, step 2 eps": f"{FREE} 2 --ascents 1 --window 8 --step-size 16/255",
+        "N-FGSM, two replays, W=8": f"{ONE} --replays 2 --window 8",
         "PGD-2": "--method pgd --ascents 2 --step-size 4/255",
         "PGD-7": "--method pgd",
     },
