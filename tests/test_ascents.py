@@ -531,14 +531,6 @@ def trained(rank, world, wrap, inner=False, loader=None, norm=False):
     return [p.full_tensor() if hasattr(p, "full_tensor") else p.clone() for p in found]
 
 
-def through_ddp(rank, _):
-    return [trained(rank, 2, DistributedDataParallel, inner) for inner in (False, True)]
-
-
-def through_ddp_with_batch_norm(rank, _):
-    return trained(rank, 2, DistributedDataParallel, norm=True)
-
-
 def sharded(model):
     mesh = init_device_mesh("cpu", (2,))
     for layer in (model[0], model[-1]):
@@ -546,11 +538,7 @@ def sharded(model):
     return fsdp.fully_shard(model, mesh=mesh)
 
 
-def through_fsdp(rank, _):
-    return trained(rank, 2, sharded)
-
-
-def with_uneven_ascents(rank, _):
+def with_uneven_ascents(rank):
     """Rank 1 climbs more often than rank 0: nobody waits."""
     model = DistributedDataParallel(network(torch.float64))
     free = free_with(model, ascents=1 + 2 * rank, replays=1)
@@ -563,27 +551,37 @@ def plain(model):
     return model
 
 
-def test_ddp_trains_as_one_process_whether_the_objective_calls_it_or_its_module(tmp_path):
+def on_a_rank(rank, _):
+    return {
+        "DDP": trained(rank, 2, DistributedDataParallel),
+        "DDP, its module": trained(rank, 2, DistributedDataParallel, inner=True),
+        "FSDP": trained(rank, 2, sharded),
+        "batch norm": trained(rank, 2, DistributedDataParallel, norm=True),
+        "uneven": with_uneven_ascents(rank),
+    }
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two ranks has found, by name."""
+    return on_two_ranks(on_a_rank, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("how", ["DDP", "DDP, its module", "FSDP"])
+def test_ranks_train_as_one_process_whatever_the_objective_calls(how, ranks):
     expected = trained(0, 1, plain)
-    for found in on_two_ranks(through_ddp, tmp_path):
-        for mine in found:
-            torch.testing.assert_close(mine, expected, atol=1e-10, rtol=0)
+    for found in ranks:
+        torch.testing.assert_close(found[how], expected, atol=1e-10, rtol=0)
 
 
-def test_ddp_with_batch_norm_trains_and_its_ranks_agree(tmp_path):
-    one, two = on_two_ranks(through_ddp_with_batch_norm, tmp_path)
+def test_ddp_with_batch_norm_trains_and_its_ranks_agree(ranks):
+    one, two = (found["batch norm"] for found in ranks)
     torch.testing.assert_close(one, two, atol=1e-12, rtol=0)
 
 
-def test_ranks_do_not_wait_for_one_another_while_they_climb(tmp_path):
-    one, two = on_two_ranks(with_uneven_ascents, tmp_path)
+def test_ranks_do_not_wait_for_one_another_while_they_climb(ranks):
+    one, two = (found["uneven"] for found in ranks)
     assert torch.equal(one, two)
-
-
-def test_fsdp_trains_as_one_process(tmp_path):
-    expected = trained(0, 1, plain)
-    for found in on_two_ranks(through_fsdp, tmp_path):
-        torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
 
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch")

@@ -486,7 +486,7 @@ quiet = pytest.mark.filterwarnings(
 @quiet
 @pytest.mark.parametrize("sequence", [sequence_of_calls, sequence_of_batches])
 def test_any_sequence_does_what_a_plain_model_says(sequence):
-    hypothesis.given(st.data())(hypothesis.settings(max_examples=100)(sequence))()
+    hypothesis.given(st.data())(hypothesis.settings(max_examples=50)(sequence))()
 
 
 @pytest.mark.slow

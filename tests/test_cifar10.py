@@ -112,6 +112,7 @@ def test_accuracy_against_eps_is_drawn_and_measured(undisturbed, data, tmp_path)
     assert rows[0]["robust"] >= rows[1]["robust"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the input gradient of")  # of a tiny network, sure of itself
 def test_examples_are_as_strong_as_the_method_makes_them(data, tmp_path):
     table = tmp_path / "strength.json"
@@ -180,6 +181,7 @@ def test_the_toolboxes_are_compared_on_a_finished_run(undisturbed, data, tmp_pat
     assert all(0 <= row["robust"] <= 1 and row["seconds"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_to_the_same_weights(undisturbed, data, tmp_path):
     command = [sys.executable, EXPERIMENTS / "cifar10.py"]
     command += arguments(data, tmp_path, "--save-every", 1, "--attacks", "pgd-20")
@@ -255,8 +257,15 @@ def test_ctrl_c_before_anything_is_saved_says_so(data, tmp_path, monkeypatch, ca
     assert "nothing was saved yet, and the same command starts anew" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["natural", "free", "pgd", "fgsm-rs", "n-fgsm"])
-@pytest.mark.parametrize("more", ["", "--start uniform --amp bf16 --schedule multistep"])
+WAYS = ["natural", "free", "pgd", "fgsm-rs", "n-fgsm"]
+OTHERWISE = "--start uniform --amp bf16 --schedule multistep"
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [*((method, "") for method in WAYS), ("free", OTHERWISE)]
+    + [pytest.param(m, OTHERWISE, marks=pytest.mark.slow) for m in WAYS if m != "free"],
+)
 def test_a_run_goes_on_bit_equal_from_after_any_update(method, more, data, tmp_path):
     settings = "--method", method, *more.split()
     whole = begin(data, *settings)
@@ -497,6 +506,7 @@ def test_training_begins_with_the_weights_of_another_run(undisturbed, data):
     assert equal(dict(run.model.state_dict()), weights)
 
 
+@pytest.mark.slow
 def test_a_study_makes_its_table_from_runs_that_it_keeps(data, tmp_path, capsys):
     more = [
         *SMALL.split(),

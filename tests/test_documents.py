@@ -233,7 +233,11 @@ def names_for(tmp_path, monkeypatch):
 OWN = ["docs/tutorial.md", "docs/guide/finetune.md"]  # these have tests of their own
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p not in OWN and blocks(p, "python")])
+LONG = "docs/guide/tasks.md"  # trains a segmentation and a detector
+RUN = [p for p in PAGES if p not in (*OWN, LONG) and blocks(p, "python")]
+
+
+@pytest.mark.parametrize("page", [*RUN, pytest.param(LONG, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning")  # few workers, short epochs
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm's datasets
@@ -511,6 +515,7 @@ def test_the_mask_of_a_text_goes_along_with_its_embeddings_through_an_attack(nam
     assert not torch.allclose(x_adv[..., -1], x[..., -1])
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs_and_its_outputs_and_pictures_are_those_of_its_code(tmp_path, capsys):
     names = tutorial.run()
     printed = re.findall(r"clean +([\d.]+)% robust +([\d.]+)%", capsys.readouterr().out)

@@ -2,11 +2,9 @@
 
 import ast
 import json
-import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import collapse
@@ -30,40 +28,24 @@ def table(out):
 
 
 RESULT = r"clean +[\d.]+% robust +[\d.]+%"
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-DRY_RUNS = [
-    (r"amp=fp16 updates=2:", "with_amp.py", "--amp", "fp16"),
-    (r"amp=bf16 updates=2:", "with_amp.py"),
-    (r"devices=1 updates=8:", "with_lightning.py", "--accelerator", "cpu", "--accumulate", "2"),
-    (r"devices=2 updates=8:", "with_lightning.py", "--accelerator", "cpu", "--devices", "2"),
-    (r"processes=1 epochs=2:", "with_accelerate.py", "--cpu", "--out", "FOLDER"),
-    (r"processes=2 epochs=2:", *TORCHRUN, "with_accelerate.py", "--cpu", "--accumulate", "2"),
-    (r"updates=4:", "with_trainer.py", "--accumulate", "2"),
-    (r"natural .*\n.*bounds=None\nfree", "with_text.py"),
-    (r"updates=2:", "with_ignite.py"),
-    (r"updates=2:", "with_fastai.py"),
-    (r"ranks=2 updates=2 fsdp=False:", *TORCHRUN, "with_ddp.py"),
-    (r"ranks=2 updates=2 fsdp=True:", *TORCHRUN, "with_ddp.py", "--fsdp"),
+TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2"
+DRY_RUNS = [  # what each prints, and those with several processes or long imports are slow tests
+    ("amp=fp16 updates=2:", "with_amp.py --amp fp16", ()),
+    ("amp=bf16 updates=2:", "with_amp.py", ()),
+    ("natural .*\n.*bounds=None\nfree", "with_text.py", ()),
+    ("ranks=2 updates=2 fsdp=False:", f"{TORCHRUN} with_ddp.py", ()),
+    ("ranks=2 updates=2 fsdp=True:", f"{TORCHRUN} with_ddp.py --fsdp", pytest.mark.slow),
+    ("devices=1 updates=8:", "with_lightning.py --accelerator cpu --accumulate 2", ()),
+    ("devices=2 updates=8:", "with_lightning.py --accelerator cpu --devices 2", pytest.mark.slow),
+    (
+        "processes=2 epochs=2:",
+        f"{TORCHRUN} with_accelerate.py --cpu --accumulate 2",
+        pytest.mark.slow,
+    ),
+    ("updates=4:", "with_trainer.py --accumulate 2", pytest.mark.slow),
+    ("updates=2:", "with_ignite.py", pytest.mark.slow),
+    ("updates=2:", "with_fastai.py", pytest.mark.slow),
 ]
-
-COMPARE = ["experiments/compare.py", "--dry-run", "--json", "compare.json"]
-
-
-@pytest.fixture(scope="module")
-def started(tmp_path_factory):
-    """The scripts of this file by their commands, two at a time: most of their time goes by in imports."""
-    commands = [COMPARE]
-    commands += [[*command, "--dry-run"] for _, *command in DRY_RUNS]
-    state, place = str(tmp_path_factory.mktemp("state")), tmp_path_factory.mktemp("elsewhere")
-
-    def start(command):
-        settings = {"capture_output": True, "text": True, "cwd": place}
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        words = [state if word == "FOLDER" else script(word) for word in command]
-        return subprocess.run([sys.executable, *words], env=environment, **settings), place
-
-    with ThreadPoolExecutor(2) as pool:
-        yield {tuple(command): pool.submit(start, command) for command in commands}
 
 
 def script(word):
@@ -72,6 +54,7 @@ def script(word):
     return next((str(place) for place in places if place.exists()), word)
 
 
+@pytest.mark.slow  # .ci/run makes it too
 def test_the_quick_start_trains_prints_its_table_and_draws_its_picture(tmp_path):
     words = [sys.executable, script("quickstart.py")]
     job = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
@@ -95,8 +78,16 @@ def test_the_loops_of_the_quick_start_differ_in_three_lines():
     assert "set_num_threads(1)" in text
 
 
-def test_the_comparison_has_a_row_for_each_method_a_record_and_a_picture(started):
-    job, place = started[tuple(COMPARE)].result()
+@pytest.mark.slow
+def test_the_comparison_has_a_row_for_each_method_a_record_and_a_picture(tmp_path):
+    words = [
+        sys.executable,
+        script("experiments/compare.py"),
+        "--dry-run",
+        "--json",
+        "compare.json",
+    ]
+    job, place = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path), tmp_path
     methods = ["natural", "free", "fgsm-rs", "pgd-7"]
     assert list(table(job.stdout)) == methods, job.stderr
     assert (place / "compare.png").read_bytes().startswith(b"\x89PNG")
@@ -142,26 +133,27 @@ def test_the_variants_run():
 
 @pytest.mark.parametrize(
     ("expected", "command"),
-    [pytest.param(e, c, id=" ".join(c[-3:])) for e, *c in DRY_RUNS],
+    [pytest.param(e, c, id=c[c.index("with") :], marks=m) for e, c, m in DRY_RUNS],
 )
-def test_the_script_of_each_host_runs(expected, command, started):
+def test_the_script_of_each_host_runs(expected, command, tmp_path):
     if "--fsdp" in command and not hasattr(torch.distributed.fsdp, "fully_shard"):
         pytest.skip("this torch has no fully_shard")
     if "with_fastai.py" in command:
         pytest.importorskip("fastai.vision.all")
-    result, _ = started[(*command, "--dry-run")].result()
+    words = [sys.executable, *map(script, command.split()), "--dry-run"]
+    result = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert re.search(expected, result.stdout)
     assert re.search(RESULT, result.stdout)
     assert "Warning: every rank" not in result.stderr
 
 
-def test_accelerate_saves_and_resumes(started):
-    job, _ = started["with_accelerate.py", "--cpu", "--out", "FOLDER", "--dry-run"].result()
-    folder = Path(job.args[-2])
-    assert (folder / "custom_checkpoint_0.pkl").exists()
-    again = run("hosts/with_accelerate.py", "--cpu", "--out", folder, "--dry-run").stdout
-    assert again == job.stdout
+def test_accelerate_saves_and_resumes(tmp_path):
+    words = ["hosts/with_accelerate.py", "--cpu", "--out", tmp_path / "state", "--dry-run"]
+    out = run(*words).stdout
+    assert re.search(f"processes=1 epochs=2:.*{RESULT}", out, re.S)
+    assert (tmp_path / "state" / "custom_checkpoint_0.pkl").exists()
+    assert run(*words).stdout == out
 
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("hosts/with_*.py")), ids=lambda p: p.name)

@@ -677,8 +677,7 @@ def inexact(found):
 
 
 @WAYS
-@NORMS
-@GROUPS
+@pytest.mark.parametrize(("norm", "accumulate"), [("linf", 2), ("l2", 1)])
 def test_after_an_interrupt_the_run_goes_on_exactly_but_where_weights_and_delta_move(
     way, norm, accumulate
 ):

@@ -140,6 +140,7 @@ def ddp(data, tmp_path_factory):
     return out, Run(out / "whole", data), *interrupted(out / "parts", data)
 
 
+@pytest.mark.slow
 def test_a_job_that_was_killed_ends_bit_equal_to_one_that_was_not(ddp):
     out, whole, first, second = ddp
     assert whole.code == second.code == 0, whole.errors + second.errors
@@ -150,12 +151,14 @@ def test_a_job_that_was_killed_ends_bit_equal_to_one_that_was_not(ddp):
     assert_same(out / "whole", out / "parts")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_replaces_the_older_ones_and_what_a_kill_has_left_half_written(ddp):
     out, *_ = ddp
     files = {"last.pt", "rank0-24.pt", "rank1-24.pt", "weights.pt", "result.json", "curves.png"}
     assert {path.name for path in (out / "parts").iterdir()} == files
 
 
+@pytest.mark.slow
 def test_the_curve_of_a_job_that_was_killed_is_that_of_one_that_was_not_and_is_drawn(ddp):
     out, *_ = ddp
     whole, parts = (
@@ -167,6 +170,7 @@ def test_the_curve_of_a_job_that_was_killed_is_that_of_one_that_was_not_and_is_d
     assert (out / "parts" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_every_image_is_evaluated_once_by_the_ranks_together(ddp):
     out, *_ = ddp
     result = json.loads((out / "parts" / "result.json").read_text())
@@ -177,6 +181,7 @@ def test_every_image_is_evaluated_once_by_the_ranks_together(ddp):
         assert accuracy["robust"] <= accuracy["clean"]
 
 
+@pytest.mark.slow
 def test_the_accuracy_is_that_of_the_weights_that_are_written(ddp, data):
     import timm
     from torchvision.datasets import ImageFolder
@@ -195,6 +200,7 @@ def test_the_accuracy_is_that_of_the_weights_that_are_written(ddp, data):
     assert result["accuracies"][0]["clean"] == pytest.approx(right)
 
 
+@pytest.mark.slow
 def test_the_lines_of_the_log_say_how_the_job_is_doing(ddp):
     _, whole, *_ = ddp
     line = r"update 24/24  lr \S+  loss \d+\.\d+  \d+ images/s  waiting for the loader \d+%  ETA 0:00:00"
@@ -272,7 +278,10 @@ def test_a_job_refuses_other_arguments_and_ranks(ddp, data):
     assert states(out / "parts")["last.pt"]["progress"]["update"] == 24
 
 
-@pytest.mark.parametrize(("kind", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(signal.SIGTERM, "SIGTERM"), pytest.param(signal.SIGINT, "Ctrl-C", marks=pytest.mark.slow)],
+)
 def test_a_signal_saves_and_the_exit_code_says_that_the_job_is_not_done(kind, name, data, tmp_path):
     end = {"kill_after": f"update {LATER}/", "kind": kind, "ranks": 1}
     run = Run(tmp_path, data, "--method", "fgsm-rs", **end)
@@ -341,6 +350,7 @@ def test_what_cannot_work_is_said_in_one_line(options, message, data, tmp_path, 
     assert message in errors.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_weights_of_another_network_are_refused_in_one_line(ddp, data, tmp_path, main):
     weights = ddp[0] / "whole" / "weights.pt"
     code, _, errors = main(data, tmp_path, "--model", "test_vit", "--init", weights)

@@ -854,7 +854,7 @@ quiet = pytest.mark.filterwarnings(
 @quiet
 def test_any_sequence_of_calls_does_what_a_plain_model_says():
     run_state_machine_as_test(
-        Machine, settings=hypothesis.settings(max_examples=40, stateful_step_count=40)
+        Machine, settings=hypothesis.settings(max_examples=20, stateful_step_count=40)
     )
 
 

@@ -46,7 +46,7 @@ def test_every_family_goes_through_a_free_minibatch(name):
 # torch.compile looks at the .grad of its inputs, which are no leaves, and hides the warning.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("mode", timm_models.MODES)
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+@pytest.mark.parametrize("name", ["test_resnet", pytest.param("test_vit", marks=pytest.mark.slow)])
 def test_every_mode_goes_through_a_free_minibatch(name, mode):
     result = timm_models.train(name, mode, size=64, backend="aot_eager")
     assert result.fault == ""
