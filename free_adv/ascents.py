@@ -16,7 +16,7 @@ from free_adv.checks import count, describe
 from free_adv.flight import Flight
 from free_adv.report import Report
 
-INSIDE = ", and pass the module given as at; a checkpoint round it needs use_reentrant=False"
+INSIDE = ", and pass the module given as at, in training mode; a checkpoint round it needs use_reentrant=False"
 
 Objective = Callable[[Any], Tensor]
 
@@ -26,24 +26,32 @@ def climb(flight: Flight, objective: Objective, scaler: GradScaler | None, repor
 
     The model is run on the weights of this moment, in the mode that it is in; gradients of weights are not touched.
     """
-    for number in range(flight.ascents):
-        with flight.rehearsal() as (visit, batch), torch.enable_grad(), _alone():
-            loss = _scalar(objective(batch))
-            loss = loss if scaler is None else scaler.scale(loss)
-            leaves = [*visit.leaves.values()]
-            grads: tuple[Tensor | None, ...] = ()
-            if leaves and loss.requires_grad:
-                grads = torch.autograd.grad(loss, leaves, allow_unused=True)
-            if not any(g is not None for g in grads) or (None in grads and not visit.inside):
-                raise RuntimeError(
-                    "the objective gave delta no gradient: its loss must come from the batch that it is given, not from "
-                    "the loader's own or from x.detach()" + (INSIDE if visit.inside else "")
-                )
-            for leaf, grad in zip(leaves, grads, strict=True):
-                leaf.grad = grad
-            for rows, grad in visit.gradients():
-                report.ascent(number, flight.delta[rows], grad, flight.delta.threat)
-                flight.delta.ascend(rows, grad)
+    with flight.climb():
+        for number in range(flight.ascents):
+            _ascend(flight, objective, scaler, report, number)
+
+
+def _ascend(
+    flight: Flight, objective: Objective, scaler: GradScaler | None, report: Report, number: int
+) -> None:
+    with flight.rehearsal() as (visit, batch), torch.enable_grad(), _alone():
+        loss = _scalar(objective(batch))
+        loss = loss if scaler is None else scaler.scale(loss)
+        leaves = [*visit.leaves.values()]
+        grads: tuple[Tensor | None, ...] = ()
+        if leaves and loss.requires_grad:
+            grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        if not any(g is not None for g in grads) or (None in grads and not visit.inside):
+            raise RuntimeError(
+                "the objective gave delta no gradient: its loss must come from the batch that it is given (from every "
+                "input that key= names), with gradients on, not from the loader's own or from x.detach()"
+                + (INSIDE if visit.inside else "")
+            )
+        for leaf, grad in zip(leaves, grads, strict=True):
+            leaf.grad = grad
+        for rows, grad in visit.gradients():
+            report.ascent(number, flight.delta[rows], grad, flight.delta.threat)
+            flight.delta.ascend(rows, grad)
 
 
 @contextlib.contextmanager

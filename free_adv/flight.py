@@ -176,6 +176,8 @@ class Flight:
         moved: What delta has moved last.
         begun: How many rows of a buffer have begun with these minibatches.
         noise: What lies beside the rows that have begun, if `level` is not 0: its radius, in radii of the ball.
+        before: While a batch climbs, `begun` and `noise` as they were: what has not climbed to the end begins anew.
+        climbed: The buffers that an objective has moved.
     """
 
     def __init__(
@@ -212,6 +214,8 @@ class Flight:
         self.moved: dict[Rows, Tensor] = {}
         self.begun: dict[Key, int] = {}
         self.noise: dict[Key, Tensor] = {}
+        self.before: tuple[dict[Key, int], dict[Key, Tensor]] | None = None
+        self.climbed: set[Key] = set()
         self.calling: Visit | None = None  # to which the last call belongs, since the latest
 
     @property
@@ -260,6 +264,25 @@ class Flight:
         )
 
     @contextlib.contextmanager
+    def climb(self) -> Iterator[None]:
+        """Ascents of the batch that is yielded next: they count once all are made."""
+        self.before = {**self.begun}, {**self.noise}
+        try:
+            yield
+        except BaseException:
+            self.begun, self.noise = self.before
+            raise
+        finally:
+            self.before = None
+
+    def alone(self, name: str) -> None:
+        """Refuse a method that an objective calls."""
+        if self.before is not None:
+            raise RuntimeError(
+                f"{name}() was called by the objective, which only returns a loss: call it in the loop"
+            )
+
+    @contextlib.contextmanager
     def rehearsal(self) -> Iterator[tuple[Visit, Any]]:
         """The batch that is yielded next, and a visit of its own, for a pass that no loop sees."""
         self.latest = self.coming
@@ -269,6 +292,7 @@ class Flight:
             yield visit, self._batch(visit)
         finally:
             self.waiting = waiting
+            self.climbed |= {rows.key for rows in visit.leaves}
             self._close([visit])
 
     def _visit(self, stop: Stop) -> Visit:

@@ -23,6 +23,8 @@ from torch.utils.hooks import RemovableHandle
 from free_adv.batch import tensors
 
 if TYPE_CHECKING:
+    from free_adv.delta import Key
+    from free_adv.flight import Visit
     from free_adv.loop import Loop
 
 LOOKS = 8  # in how many replays calls are compared, which waits for the device
@@ -193,7 +195,7 @@ class Hints:
         """Arguments that only `step` uses, once a minibatch is through without it; whether to go on watching."""
         if not self.moved:  # all were skipped, or came from a state with nothing left
             return
-        scaler = None if loop.ascents else loop.scaler  # which scales the objective's loss too
+        scaler = None if loop.objective else loop.scaler  # which scales the objective's loss too
         given = {"scaler": scaler, "max_grad_norm": loop.max_norm}
         names = [f"{name}=" for name, value in given.items() if value is not None]
         if self.first("step") and names and not loop.driven:
@@ -222,6 +224,23 @@ class Hints:
                 "epochs",
                 f"epochs({n}) is {made}, and each costs what {cost:.3g} natural ones do (replays + 2/3 ascents), in all "
                 f"{made * cost:.3g}: take more epochs, or fewer replays; ignore this if the cost does not matter",
+            )
+
+    def of_the_climb(self, climbed: set[Key], visit: Visit) -> None:
+        """Calls of the module `at` that the objective makes otherwise than the loop: they have another delta."""
+        if not (climbed and visit.inside and visit.stop.turn == 0) or "climb" in self.told:
+            return
+        used = {rows.key for rows in visit.leaves}
+        lost = {k for k in climbed if [*k.place[:2]] == [*visit.stop[1:3]]} - used
+        if lost and used - climbed:
+            what, own = (
+                sorted({repr(k.place[2]) for k in keys}) for keys in (lost, used - climbed)
+            )
+            self.tell(
+                "climb",
+                f"the objective gives the module passed as at other tensors (its place: {', '.join(what)}) than the loop does "
+                f"({', '.join(own)}), so that the ascents move a delta that the loop does not train on: give it the same ones in "
+                "both, the batch's own in the same order, or a copy in both; ignore this if these calls are to differ",
             )
 
     def of_a_bare_call(self, args: list[Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from typing import Any, ClassVar
 
 import torch
@@ -19,11 +20,12 @@ from free_adv.hints import Hints
 from free_adv.report import Report
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Loop:
     """What a `FreeAdversarial` shares with its iterators and its module."""
 
     moving: ClassVar[bool] = False  # whether a `step`, of any loop, is at the optimizers
+    iterated: ClassVar[weakref.WeakSet[Loop]] = weakref.WeakSet()  # all that were
 
     delta: Delta
     replays: int
@@ -87,6 +89,7 @@ class Loop:
         if not self.resumed:
             self.leave()
         self.newest = object()
+        Loop.iterated.add(self)
         return self.newest
 
     def held(self, batch: Any) -> Any:
@@ -113,12 +116,23 @@ class Loop:
     def next(self) -> Any:
         """The next batch; with the first of an update, the gradients of the one before go."""
         flight = self.flight
-        if self.spent and flight.coming.micro == 0 and not flight.waiting:  # it is not taken ahead
+        begins = self.spent and flight.coming.micro == 0 and not flight.waiting  # not taken ahead
+        if begins:
             self.clean_weights()
         if flight.ascents and self.objective is not None and flight.new:
             climb(flight, self.objective, self.scaler, self.report)
+            if begins:  # of what else the objective may have done
+                self.clean_weights()
         self.yielded += 1
         return flight.next()
+
+    def spend(self) -> None:
+        """The gradients of the weights are used up, also for loops side by side that have some of these weights."""
+        self.spent = True
+        if others := [loop for loop in Loop.iterated if loop is not self and loop.optimizers]:
+            mine = {*map(id, self.parameters)}
+            for loop in others:
+                loop.spent |= any(id(p) in mine for p in loop.parameters)
 
     def clean_weights(self) -> None:
         """Drop the gradients that `step` has made, and those from before the first batch."""
@@ -130,6 +144,7 @@ class Loop:
         """Take in the gradients that have arrived; what is in flight."""
         while update := self.flight.update():
             for visit in update:
+                self.hints.of_the_climb(self.flight.climbed, visit)
                 for rows, grad in visit.gradients():
                     if self.report.sums:
                         delta = self.delta[rows]
@@ -163,6 +178,7 @@ class Loop:
     def skip(self) -> None:
         """Leave out the minibatch of the latest batch; the others of its window go on."""
         flight = self.settle()
+        flight.alone("skip")
         if not flight.minibatches:
             raise RuntimeError(
                 "skip() expects a minibatch in flight: call it inside the replay's loop"

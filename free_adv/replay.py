@@ -68,8 +68,9 @@ class Replay(Generic[T]):
                     yield batch
                     if loop.newest is not me:
                         raise RuntimeError(
-                            "this replay was replaced by a newer one of the same FreeAdversarial: iterate "
-                            "the newest, and give loops that run side by side one object each"
+                            "this replay was replaced by a newer one of the same FreeAdversarial, or ended by "
+                            "load_state_dict() or by the end of its with block: iterate the newest, or replay(loader) "
+                            "anew, and give loops that run side by side one object each"
                         )
                     loop.demand()
                 loop.leave()

@@ -25,7 +25,7 @@ FORM: dict[str, tuple[Any, str]] = {  # a list stands for any number of its elem
     "rank": ([int], "[rank, number of ranks]"),
     "delta": ([Tensor], "a list of tensors"),
     "places": ([[(int, str)]], "a place for each delta"),
-    "begun": ([int], "a number of rows for each delta"),
+    "begun": ([int], "numbers of rows"),
     "noise": ([Tensor], "a list of tensors"),
     "minibatches": ([[object]], "a list of minibatches"),
     "done": (int, "a number of updates made"),
@@ -35,14 +35,15 @@ FORM: dict[str, tuple[Any, str]] = {  # a list stands for any number of its elem
 def dump(loop: Loop) -> dict[str, Any]:
     """See `FreeAdversarial.state_dict`."""
     flight = loop.settle()
+    begun, noise = flight.before or (flight.begun, flight.noise)
     return {
         "version": VERSION,
-        "settings": settings(loop),
+        "settings": {**settings(loop), "in flight": [flight.ascents, flight.level]},
         "rank": _rank(),
         "delta": [buffer.clone() for buffer in loop.delta.buffers.values()],
         "places": [key.place for key in loop.delta.buffers],
-        "begun": [flight.begun.get(key, 0) for key in loop.delta.buffers],
-        "noise": [flight.noise.get(key, b[:0]).clone() for key, b in loop.delta.buffers.items()],
+        "begun": [begun.get(key, 0) for key in loop.delta.buffers],
+        "noise": [noise.get(key, b[:0]).clone() for key, b in loop.delta.buffers.items()],
         # Copies: a view would take all the data that it is a view of into the file.
         "minibatches": [[_copy(micro.batch) for micro in m] for m in flight.minibatches] or None,
         "done": flight.done,
@@ -82,19 +83,19 @@ def load(loop: Loop, state: Any) -> None:
         threat = dataclasses.replace(loop.delta.threat, eps=theirs["eps"])
         delta = Delta(threat, theirs.get("step_size"), loop.delta.start)
         delta.load(_buffers(loop.delta, threat, state["delta"], state["places"]))
-        if len(state["begun"]) != len(delta.buffers):
-            raise ValueError(
-                f"state['begun'] must be a number of rows for each delta, got {state['begun']!r:.80}"
-            )
-        if [n.shape[1:] for n in state["noise"]] != [b.shape[1:] for b in delta.buffers.values()]:
-            raise ValueError("state['noise'] must be a noise for each delta, of its shape")
+        for name in ("begun", "noise"):
+            if len(state[name]) != len(delta.buffers):
+                raise ValueError(f"state[{name!r}] must be {FORM[name][1]}, one for each delta")
         begun = dict(zip(delta.buffers, state["begun"], strict=True))
         noise = {k: n.clone() for k, n in zip(delta.buffers, state["noise"], strict=True) if len(n)}
         ascents = as_ascents(theirs["ascents"], loop.objective)
         radius = level("noise", theirs["noise"])
         flight = _flight(loop, delta, state["minibatches"] or [], state["done"])
+        _check_rows(state["begun"], state["noise"], [*delta.buffers.values()])
         flight.begun, flight.noise = begun, noise
-        flight.ascents, flight.level = ascents, radius
+        # Its own, if they were assigned since it was read.
+        made, beside = theirs.get("in flight", (ascents, radius))
+        flight.ascents, flight.level = as_ascents(made, loop.objective), level("noise", beside)
         delta.buffers = {key: b for key, b in delta.buffers.items() if loop.has(key.place)}
     except (ValueError, TypeError, MemoryError, torch.cuda.OutOfMemoryError):
         raise
@@ -176,6 +177,17 @@ def _buffers(
             "construct a new FreeAdversarial to go on from this state"
         )
     return found
+
+
+def _check_rows(begun: list[int], noise: list[Tensor], buffers: list[Tensor]) -> None:
+    for count, n, b in zip(begun, noise, buffers, strict=True):
+        if count > len(b):
+            raise ValueError(f"state['begun'] counts {count} rows of a delta that has {len(b)}")
+        like = n.shape[1:] == b.shape[1:] and n.dtype == b.dtype and len(n) in (0, count)
+        if not like or not n.isfinite().all():
+            raise ValueError(
+                "state['noise'] must be finite, of the shape and dtype of its delta, a row for each that has begun"
+            )
 
 
 def settings(loop: Loop) -> dict[str, Any]:

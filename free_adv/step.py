@@ -23,6 +23,7 @@ def step(loop: Loop, loss: Tensor) -> None:
         )
     loop.driven = True
     flight = loop.settle()
+    flight.alone("step")
     index = next((i for i, visit in enumerate(flight.waiting) if visit.waits), None)
     if index is None:
         raise RuntimeError(
@@ -34,6 +35,7 @@ def step(loop: Loop, loss: Tensor) -> None:
         )
     scalar("loss", loss)
     visit, stepping = flight.waiting[index], False
+    later = [other for other in flight.waiting[index + 1 :] if other.waits]
     turn, _, micro, ends = visit.stop
     try:
         if loop.spent and micro == 0:  # of a step that has failed
@@ -45,12 +47,18 @@ def step(loop: Loop, loss: Tensor) -> None:
         scaled.backward()  # type: ignore[no-untyped-call]
         if visit.waits:
             raise RuntimeError(f"the input received no gradient from this loss.\n{CURES}")
+        if not all(other.waits for other in later):
+            raise RuntimeError(
+                "this loss is of several batches of the replay: call step() once for each, with the loss of that "
+                "batch alone; they share one update, as accumulate= says"
+            )
         loop.hints.sums(loop, ends)
         if ends:
+            loop.spend()
             stepping = Loop.moving = True
             _move_weights(loop)
     except BaseException:  # the weights have not moved: this replay has not been made
-        for visit in flight.waiting[: index + 1]:
+        for visit in (*flight.waiting[: index + 1], *(v for v in later if not v.waits)):
             visit.forget()
         if stepping and loop.scaler is not None:  # or it takes the next gradients for unscaled ones
             loop.scaler.update(loop.scaler.get_scale())

@@ -105,6 +105,23 @@ def test_a_short_last_group_without_gradients_is_refused_at_the_end_at_the_lates
         list(free.replay(batches((4,))))
 
 
+def test_one_loss_of_a_whole_group_is_refused_and_the_group_can_be_trained_on_after_that():
+    model, twin = network(), network()
+    frees = [free_for(net, accumulate=2, replays=1) for net in (model, twin)]
+    for net, free in zip((model, twin), frees, strict=True):
+        iterator = iter(free.replay(batches((8, 8))))
+        group = [next(iterator), next(iterator)]
+        losses = [loss_of(net, x, y) for x, y in group]
+        if net is model:
+            with pytest.raises(RuntimeError, match="of several batches of the replay: call step"):
+                free.step(sum(losses) / 2)
+            assert torch.equal(model[0].weight, twin[0].weight)
+            losses = [loss_of(net, x, y) for x, y in group]
+        for loss in losses:
+            free.step(loss)
+    assert torch.equal(model[0].weight, twin[0].weight)
+
+
 def test_a_batch_of_the_next_update_that_is_taken_ahead_leaves_the_gradients_of_this_one():
     weight, had = nn.Parameter(torch.zeros(())), []
     sgd = torch.optim.SGD([weight], 0.1)

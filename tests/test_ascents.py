@@ -517,6 +517,206 @@ def test_natural_training_is_one_of_the_settings():
     assert torch.equal(weights(model), weights(twin))
 
 
+# What is interrupted, mixed up or left behind.
+
+
+def counted(model, stop=None, work=lambda: None):
+    """An objective, the calls of it, and what it does in its call of that number."""
+    calls = []
+
+    def objective(batch):
+        calls.append(1)
+        if len(calls) == stop:
+            work()
+        return loss_of(model, *batch)
+
+    return objective, calls
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("way", ["interrupt", "handler"])
+def test_a_state_taken_in_the_middle_of_the_ascents_makes_all_of_them_again(way):
+    def start(stop=None, work=lambda: None):
+        model = network()
+        objective, calls = counted(model, stop, work)
+        free = free_with(
+            model, optimizer := sgd(model), replays=1, start="zero", ascents=7, objective=objective
+        )
+        return model, optimizer, free, calls
+
+    def go(model, free, source):
+        for x, y in free.replay(source):
+            free.step(loss_of(model, x, y))
+
+    def save():
+        saved.append(copy.deepcopy([part.state_dict() for part in stopped[:3]]))
+        if way == "interrupt":
+            interrupt()
+
+    whole, saved = start(), []
+    go(whole[0], whole[2], batches(SIZES))
+    stopped = start(11, save)
+    source = iter(batches(SIZES))
+    if way == "interrupt":
+        with pytest.raises(KeyboardInterrupt):
+            go(stopped[0], stopped[2], source)
+    else:
+        go(stopped[0], stopped[2], source)
+        assert equal(weights(stopped[0]), weights(whole[0]))  # saving disturbs nothing
+        source = iter(batches(SIZES)[2:])
+    resumed = start()
+    for part, state in zip(resumed, saved[0], strict=False):
+        part.load_state_dict(state)
+    go(resumed[0], resumed[2], source)
+    assert equal(weights(resumed[0]), weights(whole[0]))
+    assert len(resumed[3]) == 7 * (len(SIZES) - 1)
+
+
+def test_ascents_that_fail_are_made_again_by_the_next_iterator():
+    model = network()
+    objective, calls = counted(model, 3, interrupt)
+    free = free_with(model, replays=1, start="zero", ascents=4, objective=objective)
+    ((x, y),) = batches((8,))
+    with pytest.raises(KeyboardInterrupt):
+        next(iter(free.replay([(x, y)])))
+    free.load_state_dict(free.state_dict())
+    z, _ = next(iter(free.replay([])))
+    assert len(calls) == 3 + 4
+    twin = free_with(model, replays=1, start="zero", ascents=4)
+    assert torch.equal(z, next(iter(twin.replay([(x, y)])))[0])
+
+
+@pytest.mark.parametrize("change", [{"ascents": 3}, {"noise": 1.0}], ids=["ascents", "noise"])
+def test_a_window_from_a_state_goes_on_with_the_budget_with_which_it_was_read(change):
+    def start():
+        model = network()
+        return model, free_with(model, replays=2, window=2, ascents=1, noise=0.5, start="zero")
+
+    def go(model, free, source, first=True, stop=99):
+        for i, (x, y) in enumerate(free.replay(source)):
+            if first and i == 0:
+                for name, value in change.items():
+                    setattr(free, name, value)
+            free.step(loss_of(model, x, y))
+            if i == stop:
+                return
+
+    go(*(whole := start()), batches((4,) * 4))
+    source = iter(batches((4,) * 4))
+    go(*(stopped := start()), source, stop=0)
+    random, resumed = torch.get_rng_state(), start()
+    resumed[0].load_state_dict(stopped[0].state_dict())
+    resumed[1].load_state_dict(stopped[1].state_dict())
+    optimizers_of(resumed[1])[0].load_state_dict(optimizers_of(stopped[1])[0].state_dict())
+    torch.set_rng_state(random)
+    go(*resumed, source, first=False)
+    assert equal(weights(resumed[0]), weights(whole[0]))
+
+
+@pytest.mark.parametrize(
+    "change", [torch.clone, lambda x: x.contiguous(memory_format=torch.channels_last)]
+)
+def test_calls_that_the_objective_makes_otherwise_than_the_loop_are_told(change):
+    entrance, model = nn.Identity(), network()
+
+    def trained(of_the_objective):
+        def objective(batch):
+            return loss_of(model, entrance(of_the_objective(batch[0])), batch[1])
+
+        free = free_with(
+            model,
+            replays=1,
+            ascents=1,
+            start="zero",
+            at=entrance,
+            bounds=(0, 1),
+            objective=objective,
+        )
+        with free:
+            for x, y in free.replay(batches((4, 4))):
+                free.step(loss_of(model, entrance(change(x)), y))
+
+    with pytest.warns(
+        UserWarning, match=r"the objective gives the module passed as at .*'\[0\]'.* \(0\)"
+    ) as told:
+        trained(lambda x: x)
+    assert len(told) == 1
+    trained(change)
+
+
+def test_gradients_that_an_objective_leaves_on_the_weights_are_not_of_the_update():
+    models = [network(torch.float64) for _ in range(2)]
+    for model, leaves in zip(models, (False, True), strict=True):
+
+        def objective(batch, model=model, leaves=leaves):
+            if leaves:
+                loss_of(model, *batch).backward(inputs=[*model.parameters()])
+            return loss_of(model, *batch)
+
+        free = free_with(model, replays=2, ascents=2, objective=objective)
+        train(model, free, batches((4, 4), torch.float64))
+    assert torch.equal(*map(weights, models))
+
+
+@pytest.mark.parametrize("name", ["step", "skip"])
+def test_an_objective_that_trains_is_refused(name):
+    model = network()
+
+    def objective(batch):
+        free.step(loss_of(model, *batch)) if name == "step" else free.skip()
+        return loss_of(model, *batch)
+
+    free = free_with(model, replays=1, ascents=1, objective=objective)
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=rf"{name}\(\) was called by the objective, which only"):
+        train(model, free, batches())
+    assert torch.equal(weights(model), before)
+
+
+def test_a_scaler_for_the_objective_alone_is_no_mistake_though_the_ascents_begin_later():
+    model, optimizer = network(), None
+    free = FreeAdversarial(
+        eps=EPS,
+        replays=1,
+        ascents=1,
+        objective=objective_of(model),
+        scaler=torch.amp.GradScaler("cpu"),
+    )
+    free.ascents = 0
+    optimizer = sgd(model)
+    for x, y in free.replay(batches((4, 4))):
+        optimizer.zero_grad()
+        loss_of(model, x, y).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda n: n * torch.nan,
+        lambda n: n[:1],
+        lambda n: torch.cat([n, n]),
+        lambda n: n.long(),
+    ],
+    ids=["nan", "few rows", "many rows", "integers"],
+)
+def test_a_state_with_other_noise_than_delta_has_is_refused(change):
+    model = network()
+    free = free_with(model, ascents=1, noise=2.0, replays=2)
+    next(iter(free.replay(batches())))
+    state = free.state_dict()
+    free.load_state_dict(state)
+    with pytest.raises(
+        ValueError, match=r"state\['noise'\] must be finite, of the shape and dtype"
+    ):
+        free.load_state_dict({**state, "noise": [*map(change, state["noise"])]})
+    with pytest.raises(ValueError, match=r"state\['begun'\] counts 99 rows of a delta that has 8"):
+        free.load_state_dict({**state, "begun": [99]})
+
+
 # Ranks.
 
 

@@ -12,7 +12,7 @@ from torch.optim.optimizer import (
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from free_adv import FreeAdversarial, ThreatModel, evaluate, pgd
-from tests.helpers import advance, free_for, loss_of
+from tests.helpers import advance, free_for, loss_of, weights
 from tests.reference import batches, network
 
 
@@ -203,14 +203,27 @@ def test_an_optimizer_that_steps_where_it_should_is_not_told(accumulate):
     optimizer.step()
 
 
-def test_two_objects_that_share_an_optimizer_and_step_in_turn_are_not_told():
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    one, two = (FreeAdversarial(optimizer, eps=0.1) for _ in range(2))
-    pairs = zip(one.replay(batches()), two.replay(batches()), strict=True)
-    for (x, y), (x2, y2) in pairs:
+@pytest.mark.parametrize("shared", [True, False], ids=["one optimizer", "two of shared weights"])
+def test_two_objects_that_step_in_turn_are_not_told_and_have_gradients_of_their_own(shared):
+    model, twin = network(torch.float64), network(torch.float64)
+
+    def optimizers(model):
+        one = torch.optim.SGD(model.parameters(), 0.1)
+        return one, one if shared else torch.optim.SGD(model.parameters(), 0.2)
+
+    settings = {"eps": 0.1, "replays": 1, "start": "zero"}  # natural training
+    one, two = (FreeAdversarial(optimizer, **settings) for optimizer in optimizers(model))
+    pairs = batches(dtype=torch.float64), batches(dtype=torch.float64)[::-1]
+    for (x, y), (x2, y2) in zip(one.replay(pairs[0]), two.replay(pairs[1]), strict=True):
         one.step(loss_of(model, x, y))
         two.step(loss_of(model, x2, y2))
+
+    for all_of in zip(*pairs, strict=True):
+        for (x, y), optimizer in zip(all_of, optimizers(twin), strict=True):
+            optimizer.zero_grad()
+            loss_of(twin, x, y).backward()
+            optimizer.step()
+    assert torch.equal(weights(model), weights(twin))
 
 
 def test_optimizers_are_watched_in_the_first_updates_and_no_longer():
