@@ -271,7 +271,13 @@ def test_a_run_goes_on_bit_equal_from_every_place_where_it_may_stop(name):
 FEW = (7, 12, 44, 36)
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name != "float16"])
+KINDS = [name for name in RUNS if name != "float16"]
+LONG = "workers, augmented", "workers, accumulated"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(k, marks=pytest.mark.slow if k in LONG else ()) for k in KINDS]
+)
 def test_a_run_of_any_kind_goes_on_bit_equal_from_a_few_places(name):
     found = {i: wrong(name, stops(name)[i]) for i in FEW}
     assert {place: where for place, where in found.items() if where} == {}
