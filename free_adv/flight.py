@@ -177,7 +177,7 @@ class Flight:
         begun: How many rows of a buffer have begun with these minibatches.
         noise: What lies beside the rows that have begun, if `level` is not 0: its radius, in radii of the ball.
         before: While a batch climbs, `begun` and `noise` as they were: what has not climbed to the end begins anew.
-        climbed: The buffers that an objective has moved.
+        climbed: The buffers that the batch of an objective has met.
     """
 
     def __init__(

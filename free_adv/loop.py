@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import weakref
 from typing import Any, ClassVar
 
@@ -26,6 +27,7 @@ class Loop:
 
     moving: ClassVar[bool] = False  # whether a `step`, of any loop, is at the optimizers
     iterated: ClassVar[weakref.WeakSet[Loop]] = weakref.WeakSet()  # all that were
+    lock: ClassVar[threading.Lock] = threading.Lock()  # on that set
 
     delta: Delta
     replays: int
@@ -89,7 +91,8 @@ class Loop:
         if not self.resumed:
             self.leave()
         self.newest = object()
-        Loop.iterated.add(self)
+        with Loop.lock:
+            Loop.iterated.add(self)
         return self.newest
 
     def held(self, batch: Any) -> Any:
@@ -126,13 +129,13 @@ class Loop:
         self.yielded += 1
         return flight.next()
 
-    def spend(self) -> None:
-        """The gradients of the weights are used up, also for loops side by side that have some of these weights."""
-        self.spent = True
-        if others := [loop for loop in Loop.iterated if loop is not self and loop.optimizers]:
-            mine = {*map(id, self.parameters)}
-            for loop in others:
-                loop.spent |= any(id(p) in mine for p in loop.parameters)
+    @property
+    def alone(self) -> bool:
+        """Whether no other loop under way moves some of these weights, in which gradients of this one would count."""
+        with Loop.lock:
+            others = [o for o in Loop.iterated if o is not self and o.newest and o.optimizers]
+        mine = {*map(id, self.parameters)} if others else set()
+        return not any(id(p) in mine for other in others for p in other.parameters)
 
     def clean_weights(self) -> None:
         """Drop the gradients that `step` has made, and those from before the first batch."""

@@ -38,7 +38,9 @@ def dump(loop: Loop) -> dict[str, Any]:
     begun, noise = flight.before or (flight.begun, flight.noise)
     return {
         "version": VERSION,
-        "settings": {**settings(loop), "in flight": [flight.ascents, flight.level]},
+        "settings": {**settings(loop), "in flight": [flight.ascents, flight.level]}
+        if flight.minibatches
+        else settings(loop),
         "rank": _rank(),
         "delta": [buffer.clone() for buffer in loop.delta.buffers.values()],
         "places": [key.place for key in loop.delta.buffers],
@@ -91,10 +93,17 @@ def load(loop: Loop, state: Any) -> None:
         ascents = as_ascents(theirs["ascents"], loop.objective)
         radius = level("noise", theirs["noise"])
         flight = _flight(loop, delta, state["minibatches"] or [], state["done"])
-        _check_rows(state["begun"], state["noise"], [*delta.buffers.values()])
+        _check_rows(begun, noise, delta.buffers)
         flight.begun, flight.noise = begun, noise
         # Its own, if they were assigned since it was read.
-        made, beside = theirs.get("in flight", (ascents, radius))
+        budget = (
+            theirs.get("in flight", (ascents, radius)) if flight.minibatches else (ascents, radius)
+        )
+        if not _fits(budget, [object]) or len(budget) != 2:
+            raise ValueError(
+                f"state's budget in flight must be [ascents, noise], got {budget!r:.80}"
+            )
+        made, beside = budget
         flight.ascents, flight.level = as_ascents(made, loop.objective), level("noise", beside)
         delta.buffers = {key: b for key, b in delta.buffers.items() if loop.has(key.place)}
     except (ValueError, TypeError, MemoryError, torch.cuda.OutOfMemoryError):
@@ -179,12 +188,15 @@ def _buffers(
     return found
 
 
-def _check_rows(begun: list[int], noise: list[Tensor], buffers: list[Tensor]) -> None:
-    for count, n, b in zip(begun, noise, buffers, strict=True):
+def _check_rows(
+    begun: dict[Key, int], noise: dict[Key, Tensor], buffers: dict[Key, Tensor]
+) -> None:
+    for key, b in buffers.items():
+        count, n = begun.get(key, 0), noise.get(key)
         if count > len(b):
             raise ValueError(f"state['begun'] counts {count} rows of a delta that has {len(b)}")
-        like = n.shape[1:] == b.shape[1:] and n.dtype == b.dtype and len(n) in (0, count)
-        if not like or not n.isfinite().all():
+        like = n is None or (n.shape, n.dtype) == (b[:count].shape, b.dtype)
+        if not like or not (n is None or n.isfinite().all()):
             raise ValueError(
                 "state['noise'] must be finite, of the shape and dtype of its delta, a row for each that has begun"
             )

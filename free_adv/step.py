@@ -50,11 +50,10 @@ def step(loop: Loop, loss: Tensor) -> None:
         if not all(other.waits for other in later):
             raise RuntimeError(
                 "this loss is of several batches of the replay: call step() once for each, with the loss of that "
-                "batch alone; they share one update, as accumulate= says"
+                "batch alone; accumulate= adds their gradients up"
             )
         loop.hints.sums(loop, ends)
         if ends:
-            loop.spend()
             stepping = Loop.moving = True
             _move_weights(loop)
     except BaseException:  # the weights have not moved: this replay has not been made
@@ -68,7 +67,7 @@ def step(loop: Loop, loss: Tensor) -> None:
     loop.report.loss(turn, loss)
     if ends:
         loop.settle()
-        if flight.waiting:  # batches that are out ahead: nobody asks for one before their update
+        if flight.waiting or not loop.alone:  # nobody asks for a batch before the next update
             loop.clean_weights()
 
 

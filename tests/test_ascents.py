@@ -693,6 +693,29 @@ def test_a_scaler_for_the_objective_alone_is_no_mistake_though_the_ascents_begin
         optimizer.step()
 
 
+@pytest.mark.parametrize("noise", [0.0, 2.0])
+def test_a_state_behind_a_skip_in_a_window_of_batches_of_several_sizes_is_loaded(noise):
+    model = network()
+    free = free_with(model, ascents=1, noise=noise, replays=2, window=2)
+    iterator = iter(free.replay(batches((8, 4))))
+    x, y = next(iterator)
+    free.step(loss_of(model, x, y))
+    next(iterator)
+    free.skip()
+    state = free.state_dict()
+    again = free_with(model, ascents=1, noise=noise, replays=2, window=2)
+    again.load_state_dict(state)
+    assert torch.equal(next(iter(again.replay([])))[0], next(iterator)[0])
+
+
+def test_a_state_with_nothing_in_flight_needs_no_objective_for_ascents_of_the_past():
+    model = network()
+    free = free_with(model, ascents=1, noise=2.0, replays=1)
+    train(model, free, batches())
+    free.ascents = free.noise = 0
+    FreeAdversarial(sgd(model), eps=EPS, replays=1).load_state_dict(free.state_dict())
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -226,6 +226,26 @@ def test_two_objects_that_step_in_turn_are_not_told_and_have_gradients_of_their_
     assert torch.equal(weights(model), weights(twin))
 
 
+def test_gradients_made_between_the_steps_of_two_objects_count_for_the_second():
+    model, twin = network(torch.float64), network(torch.float64)
+    optimizer, other = (torch.optim.SGD(net.parameters(), 0.1) for net in (model, twin))
+    settings = {"eps": 0.1, "replays": 1, "start": "zero"}
+    one, two = (FreeAdversarial(optimizer, **settings) for _ in range(2))
+    ((x, y), (x2, y2)) = batches((8, 8), torch.float64)
+    for (a, b), (a2, b2) in zip(one.replay([(x, y)]), two.replay([(x2, y2)]), strict=True):
+        one.step(loss_of(model, a, b))
+        model[0].weight.square().sum().backward()
+        two.step(loss_of(model, a2, b2))
+
+    loss_of(twin, x, y).backward()
+    other.step()
+    other.zero_grad()
+    twin[0].weight.square().sum().backward()
+    loss_of(twin, x2, y2).backward()
+    other.step()
+    assert torch.equal(weights(model), weights(twin))
+
+
 def test_optimizers_are_watched_in_the_first_updates_and_no_longer():
     for own in (False, True):
         model = network()
