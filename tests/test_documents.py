@@ -771,6 +771,12 @@ def test_the_comparisons_on_the_residual_network_are_those_of_the_file():
             (ascent[0], start[1], ascent[2]),
             "{} points more clean accuracy, {} less under PGD-20 and {} more under CW-40, both",
         ),
+        (ascent[1:2], cells["PGD-2"][1:2], "PGD-2 is {} points less robust than N-FGSM"),
+        (
+            (cells["PGD-2"][0], ascent[1], ascent[0]),
+            (ascent[0], cells["PGD-7"][1], cells["PGD-7"][0]),
+            "{} more accurate, PGD-7 {} less robust and {} less accurate",
+        ),
         (window[:1], loop[:1], "eight in a row**: {} points more clean accuracy, "),
         (loop[1:], window[1:], "{} less under PGD-20, within the error, and {} less under CW-40"),
     ):
