@@ -275,7 +275,7 @@ class Flight:
         finally:
             self.before = None
 
-    def alone(self, name: str) -> None:
+    def outside(self, name: str) -> None:
         """Refuse a method that an objective calls."""
         if self.before is not None:
             raise RuntimeError(

@@ -181,7 +181,7 @@ class Loop:
     def skip(self) -> None:
         """Leave out the minibatch of the latest batch; the others of its window go on."""
         flight = self.settle()
-        flight.alone("skip")
+        flight.outside("skip")
         if not flight.minibatches:
             raise RuntimeError(
                 "skip() expects a minibatch in flight: call it inside the replay's loop"

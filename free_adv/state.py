@@ -95,10 +95,9 @@ def load(loop: Loop, state: Any) -> None:
         flight = _flight(loop, delta, state["minibatches"] or [], state["done"])
         _check_rows(begun, noise, delta.buffers)
         flight.begun, flight.noise = begun, noise
-        # Its own, if they were assigned since it was read.
-        budget = (
-            theirs.get("in flight", (ascents, radius)) if flight.minibatches else (ascents, radius)
-        )
+        # That with which it was read, if others were assigned since.
+        budget = theirs.get("in flight") if flight.minibatches else None
+        budget = (ascents, radius) if budget is None else budget
         if not _fits(budget, [object]) or len(budget) != 2:
             raise ValueError(
                 f"state's budget in flight must be [ascents, noise], got {budget!r:.80}"

@@ -23,7 +23,7 @@ def step(loop: Loop, loss: Tensor) -> None:
         )
     loop.driven = True
     flight = loop.settle()
-    flight.alone("step")
+    flight.outside("step")
     index = next((i for i, visit in enumerate(flight.waiting) if visit.waits), None)
     if index is None:
         raise RuntimeError(

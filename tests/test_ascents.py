@@ -677,16 +677,12 @@ def test_an_objective_that_trains_is_refused(name):
 
 
 def test_a_scaler_for_the_objective_alone_is_no_mistake_though_the_ascents_begin_later():
-    model, optimizer = network(), None
+    model = network()
+    optimizer, scaler = sgd(model), torch.amp.GradScaler("cpu")
     free = FreeAdversarial(
-        eps=EPS,
-        replays=1,
-        ascents=1,
-        objective=objective_of(model),
-        scaler=torch.amp.GradScaler("cpu"),
+        eps=EPS, replays=1, ascents=1, objective=objective_of(model), scaler=scaler
     )
     free.ascents = 0
-    optimizer = sgd(model)
     for x, y in free.replay(batches((4, 4))):
         optimizer.zero_grad()
         loss_of(model, x, y).backward()
