@@ -109,7 +109,9 @@ STUDIES: dict[str, dict[str, str]] = {
         "the same with noise of one eps": f"{FREE} 1 --ascents 1 --step-size 32/255 --noise 1",
         "one ascent, m=2, W=8, step 2 eps": f"{FREE} 2 --ascents 1 --window 8 --step-size 32/255",
         "FGSM-RS": "--method fgsm-rs",
-        "N-FGSM": "--method n-fgsm",
+        "N-FGSM": ONE,
+        "N-FGSM, two replays, W=8": f"{ONE} --replays 2 --window 8",
+        "natural for 0.3 of the cost, then N-FGSM": LATE,
     },
     "mixed": {  # one change at a time beside N-FGSM, at its cost
         "N-FGSM": ONE,
