@@ -263,7 +263,8 @@ OTHERWISE = "--start uniform --amp bf16 --schedule multistep"
 
 @pytest.mark.parametrize(
     ("method", "more"),
-    [*((method, "") for method in WAYS), ("free", OTHERWISE)]
+    [("free", ""), ("pgd", ""), ("n-fgsm", ""), ("free", OTHERWISE)]
+    + [pytest.param(m, "", marks=pytest.mark.slow) for m in ("natural", "fgsm-rs")]
     + [pytest.param(m, OTHERWISE, marks=pytest.mark.slow) for m in WAYS if m != "free"],
 )
 def test_a_run_goes_on_bit_equal_from_after_any_update(method, more, data, tmp_path):

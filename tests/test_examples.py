@@ -29,9 +29,9 @@ def table(out):
 
 RESULT = r"clean +[\d.]+% robust +[\d.]+%"
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2"
-DRY_RUNS = [  # what each prints, and those with several processes or long imports are slow tests
+DRY_RUNS = [  # what each prints; the slow tests are those of longer imports, and second ones of a host
     ("amp=fp16 updates=2:", "with_amp.py --amp fp16", ()),
-    ("amp=bf16 updates=2:", "with_amp.py", ()),
+    ("amp=bf16 updates=2:", "with_amp.py", pytest.mark.slow),
     ("natural .*\n.*bounds=None\nfree", "with_text.py", ()),
     ("ranks=2 updates=2 fsdp=False:", f"{TORCHRUN} with_ddp.py", ()),
     ("ranks=2 updates=2 fsdp=True:", f"{TORCHRUN} with_ddp.py --fsdp", pytest.mark.slow),

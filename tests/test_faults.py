@@ -676,8 +676,7 @@ def inexact(found):
     return {i.line for i, cure in found if cure is None}
 
 
-@WAYS
-@pytest.mark.parametrize(("norm", "accumulate"), [("linf", 2), ("l2", 1)])
+@pytest.mark.parametrize(("way", "norm", "accumulate"), [("go", "linf", 2), ("go_alone", "l2", 1)])
 def test_after_an_interrupt_the_run_goes_on_exactly_but_where_weights_and_delta_move(
     way, norm, accumulate
 ):
