@@ -208,6 +208,19 @@ def test_the_lines_of_the_log_say_how_the_job_is_doing(ddp):
     assert "24 updates of 8; 2 x cpu, DDP" in whole.out
 
 
+def test_a_row_names_what_tells_its_run_from_others():
+    found = {"attack": "PGD", "images": 15, "clean": 0.5, "robust": 0.25}
+    record = {"seconds": 2.0, "accuracies": [found]}
+    args = {"method": "free", "replays": 1, "window": 8}
+    later = [["0.3", "ascents=1", "noise=2"], ["0.8", "eps=0.1"]]
+    *_, row = imagenet.table({**record, "arguments": {**args, "later": later}})
+    assert row == (
+        "| free, m=1, W=8, from 0.3 on ascents=1 noise=2, from 0.8 on eps=0.1 | 2 | 50.0 | 25.0 |"
+    )
+    *_, row = imagenet.table({**record, "arguments": {**args, "method": "natural", "later": []}})
+    assert row == "| natural | 2 | 50.0 | 25.0 |"
+
+
 @pytest.fixture
 def alone():
     """jobs.py, in a process group of one."""

@@ -439,6 +439,8 @@ def table(record: dict[str, Any]) -> list[str]:
     label = args["method"]
     if label == "free":
         label += f", m={args['replays']}, W={args['window']}"
+    for share, *changes in args["later"]:
+        label += f", from {share} on {' '.join(changes)}"
     cells = [label, f"{record['seconds']:.0f}", *cells]
     cells.insert(2, f"{100 * found[0]['clean']:.1f}")
     head = " | ".join(["method", "seconds", "clean %", *names])
