@@ -217,8 +217,13 @@ def test_a_row_names_what_tells_its_run_from_others():
     assert row == (
         "| free, m=1, W=8, from 0.3 on ascents=1 noise=2, from 0.8 on eps=0.1 | 2 | 50.0 | 25.0 |"
     )
-    *_, row = imagenet.table({**record, "arguments": {**args, "method": "natural", "later": []}})
-    assert row == "| natural | 2 | 50.0 | 25.0 |"
+    for changed, label in (
+        ({"method": "natural", "replays": 4}, "natural"),
+        ({"method": "n-fgsm"}, "n-fgsm"),
+        ({"method": "n-fgsm", "replays": 4}, "n-fgsm, m=4, W=8"),
+    ):
+        *_, row = imagenet.table({**record, "arguments": {**args, "later": [], **changed}})
+        assert row == f"| {label} | 2 | 50.0 | 25.0 |"
 
 
 @pytest.fixture

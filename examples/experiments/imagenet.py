@@ -437,7 +437,7 @@ def table(record: dict[str, Any]) -> list[str]:
     cells = [f"{100 * a['robust']:.1f}" for a in found]
     args = record["arguments"]
     label = args["method"]
-    if label == "free":
+    if label == "free" or (label in methods.SETTINGS and args["replays"] > 1):
         label += f", m={args['replays']}, W={args['window']}"
     for share, *changes in args["later"]:
         label += f", from {share} on {' '.join(changes)}"
