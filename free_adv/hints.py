@@ -327,6 +327,11 @@ def doubt(
             f"{range_}, less than a tenth of bounds {bounds}: look whether images are divided by 255 twice, or "
             "bounds are those of 0..255 for images in [0, 1]"
         )
+    elif bounds and 1 / 2550 <= eps < (bounds[1] - bounds[0]) / 2550:
+        odd = (
+            f"eps={eps:g} is less than a tenth of a grey level of bounds {bounds}: give eps in the units of bounds, "
+            f"perhaps {eps * (bounds[1] - bounds[0]):g}"
+        )
     elif 0 < high - low < eps:
         odd = f"{range_}, and eps={eps:g} is more than that: give eps in the units of the input"
     if odd:

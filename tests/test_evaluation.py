@@ -64,6 +64,47 @@ def test_restarts_keep_the_worst_of_their_starts():
     torch.testing.assert_close(kept, worst)
 
 
+def of_two_classes():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(50, 2))  # its margin has one direction
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize(
+    ("dtype", "samples"),
+    [(torch.float32, 1), (torch.float32, 2), (torch.bfloat16, 2), (torch.float16, 1)],
+)
+def test_sure_answers_take_nothing_from_the_cross_entropy(dtype, norm, samples):
+    net, (x, _) = of_two_classes(), batches((16,))[0]
+    y, threat = net(x).argmax(1), ThreatModel(0.03 if norm == "linf" else 0.3, norm)
+    settings = {"steps": 4, "samples": samples, "random_start": False}
+    unsure = pgd(net, x, y, threat, **settings)
+
+    def sure(x):
+        return (net(x) * 64).to(dtype)
+
+    assert (sure(x).softmax(1).amax(1) == 1).float().mean() > 0.5
+    torch.testing.assert_close(pgd(sure, x, y, threat, **settings), unsure, atol=1e-5, rtol=0)
+
+
+def test_of_several_passes_the_mean_is_that_of_the_cross_entropy():
+    (x, y), calls = batches((16,))[0], []
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Flatten(), nn.Linear(50, 4)) for _ in range(2)]
+
+    def model(x):  # one answer is right and sure, which counts for little
+        calls.append(x)
+        z = nets[len(calls) % 2](x)
+        return z + 4 * nn.functional.one_hot(y, 4) * (len(calls) % 2)
+
+    def ce(z, y):
+        return nn.functional.cross_entropy(z, y, reduction="none")
+
+    found = [pgd(model, x, y, ThreatModel(0.1), samples=2, loss=loss) for loss in ("ce", ce)]
+    torch.testing.assert_close(*found)
+    assert (found[0] == pgd(nets[1], x, y, ThreatModel(0.1))).float().mean() < 0.95
+
+
 class Margin(foolbox.attacks.LinfPGD):
     """Foolbox's PGD on the margin of the logits."""
 
@@ -304,6 +345,49 @@ def test_an_attack_that_leaves_the_threat_model_is_refused():
         evaluate(network(), batches(), ThreatModel(0.1), attack=out_of_bounds, progress=False)
 
 
+def outside(norm):
+    """Images of which some pixels lie a little outside the bounds, as rounding and overshoot leave them."""
+    x = batches((16,))[0][0].clone()
+    x[:, :, 0, 0], x[:, :, 0, 1] = 1.15, -2e-4
+    return x, ThreatModel(0.1 if norm == "linf" else 0.4, norm)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_attack_that_brings_strays_back_is_not_refused_and_judged_inside_the_ball(
+    norm, share, dtype
+):
+    (x, threat), model, seen = outside(norm), network(), []
+    x = x.to(dtype)
+
+    def clamps(model, x, y):
+        inner = x.float().clamp(0, 1)
+        delta = torch.ones_like(inner)
+        threat.project(delta)
+        return (inner - share * delta).clamp(0, 1).to(dtype)
+
+    def judge(x):
+        seen.append(x)
+        return model(x.float())
+
+    y = model(x.float()).argmax(1)
+    settings = {"attack": clamps, "progress": False}
+    result = evaluate(judge, [(x, y)], threat, **settings)
+    assert result.clean == 1
+    far = threat.distance(threat.displacement(x.float(), seen[-1].float()))
+    assert far.max() <= threat.eps * (1 + 1e-5)
+    assert far.max() > 0.9 * threat.eps or norm == "l2"
+
+
+def test_autoattack_on_strays_is_not_refused():
+    x, _ = outside("linf")
+    model = nn.Sequential(nn.Flatten(), nn.Linear(50, 4))
+    y = model(x).argmax(1)
+    threat = ThreatModel(0.5)
+    assert evaluate(model, [(x, y)], threat, attack="autoattack", progress=False).robust == 0
+
+
 @pytest.mark.parametrize(
     ("norm", "eps"), [("linf", 0.02), pytest.param("l2", 0.1, marks=pytest.mark.slow)]
 )
@@ -342,6 +426,8 @@ def test_what_is_missing_for_an_evaluation_is_named(monkeypatch):
         evaluate(model, [], threat, progress=False)
     with pytest.raises(ValueError, match=r"must yield \(x, y\), got a dict"):
         evaluate(model, [{"x": 1}], threat, progress=False)
+    with pytest.raises(ValueError, match=r"must yield \(x, y\), got a tuple of 3"):
+        evaluate(model, [(1, 2, 3)], threat, progress=False)
     with pytest.raises(ValueError, match="'autoattack', callable, or a list of these, got 'fgsm'"):
         evaluate(model, batches(), threat, attack="fgsm")
     with pytest.raises(ValueError, match="loss must be 'ce' or 'cw', got 'dlr'"):

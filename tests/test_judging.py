@@ -1,5 +1,6 @@
 """An evaluation that cannot mislead: what it refuses, what it leaves alone, what it tells, what it keeps."""
 
+import copy
 import functools
 import math
 import os
@@ -58,6 +59,8 @@ ANSWERS = {
     ),
     "another number": (lambda x: NET(x)[1:], "for 20 samples"),
     "whole numbers": (lambda x: NET(x).long(), "must return logits"),
+    "classes": (lambda x: NET(x).argmax(1), r"leave out argmax\(1\)"),
+    "no batch": (lambda x: NET(x)[0], r"squeeze\(\) takes the batch dimension too"),
 }
 
 
@@ -73,6 +76,8 @@ LABELS = {
     "a column": (Y[:, None], r"class indices of shape \(N,\).*y\[:, 0\]"),
     "one-hot": (functional.one_hot(Y, 10), r"y\.argmax\(1\)"),
     "soft": (torch.softmax(torch.rand(20, 10), 1), r"y\.argmax\(1\)"),
+    "several each": ((torch.rand(20, 10) > 0.5).long(), "other task give loss= and correct="),
+    "words": (["cat"] * 20, "class indices.*got a list of str"),
     "floats": (Y.float(), r"whole numbers.*y\.long\(\)"),
     "too large": (Y + 1, r"labels y run from 1 to 10, but the model has 10 classes, 0 to 9"),
     "negative": (Y - 1, "run from -1 to 8"),
@@ -94,6 +99,58 @@ def test_whole_numbers_of_any_type_are_labels(kind):
     y = kind(Y.tolist()) if isinstance(kind, type) else Y.to(kind)
     assert judged(NET, y=y) == judged(NET)
     assert torch.equal(pgd(NET, X, y, THREAT), pgd(NET, X, Y, THREAT))
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8, list])
+def test_whole_numbers_of_any_type_are_labels_for_correct_too(kind):
+    y = kind(Y.tolist()) if isinstance(kind, type) else Y.to(kind)
+
+    def top5(z, y):
+        return (z.topk(5).indices == y[:, None]).any(1)
+
+    assert judged(NET, y=y, correct=top5) == judged(NET, correct=top5)
+    odd = Y[:, None].expand(-1, 2)  # which an attack of one's own may take
+    assert judged(NET, y=odd, correct=lambda z, y: top5(z, y[:, 0]), attack=lambda m, x, y: x).clean
+
+
+@pytest.mark.parametrize("through", ["evaluate", "pgd"])
+def test_inputs_in_whole_numbers_are_refused_with_the_line_to_write(through):
+    x = (255 * X).byte()
+    with pytest.raises(TypeError, match=r"inputs x must be floating point.*x\.float\(\) / 255, or"):
+        judged(NET, x) if through == "evaluate" else pgd(NET, x, Y, THREAT)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (3, 16, 16)])
+@pytest.mark.parametrize("scale", [{}, {"mean": 0.5, "std": 0.25}])
+def test_a_later_batch_in_another_range_is_refused_as_the_first_would_be(shape, scale):
+    threat = ThreatModel(EPS, **scale)
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(8), NET)
+    later = threat.from_pixels(255 * images(5, shape=shape), torch.float32)
+    loader = [(threat.from_pixels(X, X.dtype), Y), (later, Y[:5])]
+    with pytest.raises(ValueError, match=r"lies outside bounds.*divide them by 255"):
+        evaluate(net, loader, threat, steps=1, progress=False)
+
+
+def test_inputs_and_labels_with_a_graph_are_evaluated_as_those_without():
+    front = nn.Sequential(nn.Flatten(), nn.Linear(192, 192))
+    head, threat = linear(), ThreatModel(EPS, bounds=None)
+
+    def loss(z, y):
+        return functional.cross_entropy(z, y, reduction="none")
+
+    def correct(z, y):
+        return z.argmax(1) == y.argmax(1)
+
+    x, y = front(X), head(front(X)).softmax(1)
+    for labels, own in ((y.argmax(1), {}), (y, {"loss": loss, "correct": correct})):
+        plain = judged(head, x.detach(), labels.detach(), threat, **own)
+        for attack in (None, lambda model, x, y: x):
+            found = judged(head, x, labels, threat, attack=attack, **own)
+            assert found.clean == plain.clean == 1
+            assert attack or found == plain
+    leaf = X.clone().requires_grad_()
+    assert judged(NET, leaf) == judged(NET)
+    assert leaf.grad is None
 
 
 @pytest.mark.parametrize("shape", [(7,), (5, 4), (3, 8, 8), (3, 2, 4, 4)])
@@ -230,6 +287,28 @@ def test_an_attack_of_the_users_gets_copies():
     assert torch.equal(y, NET(X).argmax(1))
 
 
+def written_to(y):
+    for column in y.values() if isinstance(y, dict) else [y] if torch.is_tensor(y) else y:
+        column.zero_()
+
+
+@pytest.mark.parametrize("kind", ["a tensor", "a dict", "a list"])
+def test_what_a_loss_or_a_judgement_writes_to_is_a_copy(kind):
+    y = {"a tensor": Y + 1, "a dict": {"y": Y + 1}, "a list": [*(Y[:, None] + 1)]}[kind]
+    before = copy.deepcopy(y)
+
+    def loss(z, y):
+        written_to(y)
+        return z.sum(1)
+
+    def correct(z, y):
+        written_to(y)
+        return z.sum(1) != 0
+
+    assert judged(NET, y=y, loss=loss, correct=correct).clean == 1
+    torch.testing.assert_close(y, before)
+
+
 @pytest.mark.parametrize("wrong", [lambda m, x, y: None, lambda m, x, y: x[:, :1]])
 def test_an_attack_that_returns_something_else_is_refused(wrong):
     with pytest.raises(
@@ -346,6 +425,7 @@ ODD = {
     "divided twice": (X / 255, {}, "less than a tenth of bounds"),
     "bounds of 255": (X, {"bounds": (0, 255)}, "less than a tenth of bounds"),
     "not normalised": (X, {"mean": 0.45, "std": 0.25}, "leave out mean and std, or normalise"),
+    "eps of images in [0, 1]": (255 * X, {"bounds": (0, 255)}, r"eps=0\.0313.*perhaps 8;"),
     "eps too large": (X - 0.5, {"bounds": None, "eps": 3}, "eps=3 is more than that"),
 }
 
@@ -430,6 +510,46 @@ def test_of_several_attacks_the_worst_counts_and_each_says_what_it_left():
     assert max(map(len, str(result).split("\n"))) <= 80
     with pytest.raises(ValueError, match="attack is an empty list"):
         judged(NET, attack=[])
+
+
+def test_attacks_of_one_name_each_have_what_they_left():
+    y = NET(X).argmax(1)
+
+    def shift(model, x, y, by):
+        return (x + by).clamp(0, 1)
+
+    twice = [functools.partial(shift, by=by) for by in (0.03, -0.03)]
+    assert list(judged(NET, y=y, attack=twice).standing) == ["partial", "partial (2)"]
+    result = judged(NET, y=y, attack=["pgd"] * 3)
+    name = "PGD steps=2 restarts=1"
+    assert list(result.standing) == [name, f"{name} (2)", f"{name} (3)"]
+    assert result.attack == ", ".join([name] * 3)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "dict"])
+def test_labels_may_be_as_wide_as_the_widest_of_their_batch(kind):
+    def first(y):
+        return y["y"][:, 0] if kind == "dict" else y[:, 0]
+
+    def loss(z, y):
+        return functional.cross_entropy(z, first(y), reduction="none")
+
+    def correct(z, y):
+        return z.argmax(1) == first(y)
+
+    loader = []
+    for i, width in enumerate((2, 5, 5, 3)):
+        x = images(9, seed=i)
+        y = functional.pad(
+            torch.where(torch.arange(9) > 2, NET(x).argmax(1), 0)[:, None], (0, width)
+        )
+        loader.append((x, {"y": y} if kind == "dict" else y))
+    settings = {"steps": 2, "loss": loss, "correct": correct, "progress": False}
+    padded = evaluate(NET, loader, THREAT, **settings)
+    plain = [(x, first(y)) for x, y in loader]
+    settings.update(loss="ce", correct=None)
+    assert torch.equal(padded.clean_mask, evaluate(NET, plain, THREAT, **settings).clean_mask)
+    assert 0 < padded.robust < padded.clean < 1
 
 
 def test_images_of_several_shapes_go_through_one_evaluation():

@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import threading
 import weakref
 
 import pytest
@@ -106,6 +107,44 @@ def test_a_part_that_is_found_before_its_whole_gets_its_own_mode_back():
     assert judged(lambda x, part=part, whole=whole: whole(x), y).clean == 1
     assert (whole.training, part.training) == (True, False)
     assert part.graph is part.graphs[1]
+
+
+class Freezes(nn.Module):
+    """Its train() freezes a stage, as those of detectors do."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = linear()
+        self.train()
+
+    def train(self, mode=True):
+        self.net.requires_grad_(not mode)
+        return super().train(mode)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize("run", ["pgd", "evaluate"])
+@pytest.mark.parametrize("training", [False, True])
+def test_weights_are_trained_or_not_as_they_were_whatever_train_does(training, run):
+    net = Freezes().train(training)
+    net.net[1].bias.requires_grad_(training)
+    y = in_eval(net)
+    pgd(net, X, y, THREAT, steps=1) if run == "pgd" else judged(net, y)
+    assert net.net[1].weight.requires_grad is not training
+    assert net.net[1].bias.requires_grad is training
+
+
+def test_weights_that_an_attack_has_frozen_are_trained_again():
+    net = linear()
+
+    def attack(model, x, y):
+        model.requires_grad_(False)
+        return x
+
+    judged(net, in_eval(net), attack=attack)
+    assert all(p.requires_grad for p in net.parameters())
 
 
 def test_a_feature_extractor_of_torchvision_is_measured_by_its_graph_for_evaluation():
@@ -372,6 +411,29 @@ def test_once_a_model_has_hidden_a_module_all_its_calls_are_watched():
     assert all(torch.equal(v, before[k]) for k, v in second.state_dict().items())
 
 
+@pytest.mark.parametrize("run", ["pgd", "evaluate"])
+def test_what_another_thread_runs_meanwhile_is_left_alone(run):
+    net, other, modes = linear(), live(), []
+    STORE["other"] = other
+
+    def train():
+        load("other")(X).sum().backward()
+        modes.append(load("other").training)
+
+    def model(x):
+        thread = threading.Thread(target=train)
+        thread.start()
+        thread.join()
+        return net(x)
+
+    y = in_eval(net)
+    pgd(model, X, y, THREAT, steps=2) if run == "pgd" else judged(model, y)
+    assert len(modes) >= 2
+    assert all(modes)
+    assert other[1].num_batches_tracked == len(modes)
+    assert other[3].weight.grad is not None
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_hidden_module_beside_a_compiled_one_is_caught_and_nothing_is_compiled_anew():
     torch._dynamo.reset()
@@ -545,6 +607,38 @@ def test_the_default_device_does_not_decide_where_autoattack_draws(meta):
 
     result = judged(model, y, x, ThreatModel(0.5), attack="autoattack")
     assert (result.clean, result.robust) == (1, 0)
+
+
+def test_the_default_precision_decides_nothing():
+    net = linear()
+    y = in_eval(net)
+    settings = {"steps": 2, "restarts": 2}
+    moved, found = pgd(net, X, y, THREAT, **settings), judged(net, y, threat=THREAT, **settings)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(pgd(net, X, y, THREAT, **settings), moved)
+        assert judged(net, y, threat=THREAT, **settings) == found
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def exported():
+    torch.manual_seed(0)
+    net, size = linear().eval(), torch.export.Dim("n", min=1, max=64)
+    return net, torch.export.export(net, (X,), dynamic_shapes=({0: size},)).module()
+
+
+@pytest.mark.parametrize("name", ["alone", "in a function", "inside another"])
+def test_an_exported_module_has_no_mode_and_is_measured_all_the_same(name, exported):
+    net, without = exported
+    whole = nn.Sequential(nn.Dropout(0.9), without, nn.Dropout(0.9))
+    model = {"alone": without, "in a function": lambda x: without(x)}.get(name, whole)
+    modes = [m.training for m in whole.modules()]
+    y = in_eval(net)
+    assert judged(model, y, threat=THREAT) == judged(net, y, threat=THREAT)
+    torch.testing.assert_close(pgd(model, X, y, THREAT), pgd(net, X, y, THREAT))
+    assert [m.training for m in whole.modules()] == modes
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated")

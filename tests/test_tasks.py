@@ -107,7 +107,8 @@ def test_robust_is_the_mean_of_the_lowest_share_of_each_image_over_all_attacks()
     torch.testing.assert_close(result.robust_mask, shares.amin(0))
     assert result.clean == pytest.approx(shares[0].mean().item())
     assert result.robust == pytest.approx(shares.amin(0).mean().item())
-    assert list(result.standing.values()) == [pytest.approx(result.robust)]
+    steps = [shares[:2].amin(0).mean().item(), shares.amin(0).mean().item()]
+    assert list(result.standing.values()) == pytest.approx(steps)
 
 
 def test_restarts_of_a_loss_of_ones_own_keep_the_largest():
@@ -211,6 +212,16 @@ def test_targets_may_be_a_dict_of_columns():
         pgd(net, X, [boxes, torch.ones(20)], THREAT, loss=loss)
 
 
+def test_soft_labels_with_a_loss_alone_are_refused_with_what_is_missing():
+    def loss(z, y):
+        return functional.cross_entropy(z, y, reduction="none")
+
+    soft = functional.one_hot(linear()(X).argmax(1), 10).float()
+    with pytest.raises(ValueError, match=r"soft labels take y.argmax\(1\).*loss= and correct="):
+        judged(linear(), soft, loss=loss)
+    assert judged(linear(), soft, loss=loss, correct=lambda z, y: z.argmax(1) == y.argmax(1)).clean
+
+
 def test_targets_may_be_an_array():
     net = linear(1)
     y = net(X).detach()[:, 0].numpy()
@@ -234,6 +245,7 @@ WRONG = {
         {"loss": of(torch.tensor(0.0))},
         r"loss must return one value for each of 8 samples",
     ),
+    "a loss of torch": ({"loss": functional.cross_entropy}, 'reduction="none"'),
     "every place": ({"loss": of(torch.zeros(8, 4))}, r"values.flatten\(1\).mean\(1\)"),
     "a column": ({"correct": of(torch.zeros(8, 1))}, "correct must return one value for each of 8"),
     "a list": ({"correct": of([True] * 8)}, "got a list"),
@@ -341,7 +353,53 @@ def none(output, y):
     return torch.zeros(len(y), dtype=torch.bool)
 
 
-def test_only_an_evaluation_asks_twice_and_once():
+def by_itself(**settings):
+    torch.manual_seed(0)
+    front = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8, **settings), nn.ReLU()
+    return nn.Sequential(*front, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)).eval()
+
+
+@pytest.mark.parametrize("kind", ["logits", "a dict", "a list"])
+def test_a_model_that_looks_at_the_other_images_of_a_batch_is_told_once(kind):
+    def answers(net):
+        return lambda x: {"logits": net(x), "a dict": {"out": net(x)}, "a list": [*net(x)]}[kind]
+
+    def correct(output, y):
+        z = output["out"] if kind == "a dict" else output
+        return (torch.stack([*z]) - y).abs().amax(1) < 1e-3
+
+    def judge(net, x=X):
+        z = net(x).detach()
+        settings = {"size": 20, "attack": lambda model, x, y: x}
+        if kind == "logits":
+            return judged(answers(net), z.argmax(1), x, **settings)
+        return judged(answers(net), z, x, correct=correct, **settings)
+
+    with pytest.warns(UserWarning, match="depend on the other images of a batch") as told:
+        judge(by_itself(track_running_stats=False))
+    assert len(told) == 1
+    judge(by_itself())
+    judge(by_itself(track_running_stats=False), X[:1])  # beside none
+
+
+# torch hides this warning of its own compiler where warnings are no errors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_code_that_rounds_otherwise_is_not_taken_for_random():
+    torch._dynamo.reset()
+    net = linear()
+
+    def backend(graph, inputs):
+        return lambda *args: [out * (1 + 0.02 * (out > 0)) for out in graph(*args)]
+
+    y = net(X).argmax(1)
+    keep = {"size": 20, "attack": lambda model, x, y: x}
+    assert judged(torch.compile(net, backend=backend), y, **keep).clean == 1
+    noisy = torch.compile(Noisy(1.0), backend="eager")
+    with pytest.warns(UserWarning, match="the model is random"):
+        judged(noisy, y, **keep)
+
+
+def test_only_an_evaluation_asks_again_and_beside_other_images():
     net, calls = linear(), []
 
     def model(x):
@@ -353,7 +411,7 @@ def test_only_an_evaluation_asks_twice_and_once():
     assert len(calls) == 3
     calls.clear()
     judged(model, y, size=20, attack=lambda model, x, y: x)
-    assert len(calls) == 3  # clean, again, after the attack
+    assert calls == [20] * 4  # clean, again, beside others, after the attack
 
 
 def test_samples_average_gradients_and_answers():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +34,8 @@ class Evaluation:
         count: Number of images.
         attack: Name of the attack, with its steps and restarts.
         threat: The threat model.
-        standing: By attack, or part of AutoAttack, the share that was still correct after it, in turn.
+        standing: By attack, or part of AutoAttack, the share that was still correct after it, in turn; of several of
+            one name the second is "name (2)".
         clean_mask: Which images are classified correctly, bool of shape (N,), on the CPU, in the loader's order
             (with `sharded`, of this rank's share); where `correct` returns shares, these.
         robust_mask: Which stay correct under every attack.
@@ -124,7 +126,8 @@ def evaluate(
 
     Warns:
         UserWarning: Images whose gradient is zero or not finite, so that PGD could not move them; a model that
-            answers differently twice; shares of ranks that hold images twice.
+            answers differently twice, or differently beside other images; values of odd range; shares of ranks
+            that hold images twice.
 
     Raises:
         ValueError: The loader is a replay, or empty, or its batches are not `(x, y)`; the model returns no logits, or `y` are
@@ -139,7 +142,8 @@ def evaluate(
         >>> result.count, result.attack, result.robust <= result.clean
         (20, 'PGD steps=10 restarts=1', True)
     """
-    task = Task(loss, correct, samples)
+    attacks = attack if isinstance(attack, list | tuple) else [attack]
+    task = Task(loss, correct, samples, ascended=None in attacks or "pgd" in attacks)
     descent = Descent(threat, task, steps, step_size, restarts)
     if isinstance(loader, Replay):
         raise ValueError(
@@ -149,7 +153,7 @@ def evaluate(
         raise RuntimeError("sharded=True needs a process group: call init_process_group first")
     stages: list[Stage] = []
     names: list[str] = []
-    for one in attack if isinstance(attack, list | tuple) else [attack]:
+    for one in attacks:
         if one is None or one == "pgd":
             names.append(descent.name)
             stages.append(Stage(descent, names[-1]))
@@ -165,6 +169,10 @@ def evaluate(
             )
     if not stages:
         raise ValueError("attack is an empty list; None means PGD")
+    times: Counter[str] = Counter()
+    for stage in stages:
+        times[stage.label] += 1
+        stage.label += f" ({times[stage.label]})" * (times[stage.label] > 1)
     name = ", ".join(names) + ("" if autocast is None else f" {autocast}".replace("torch.", ""))
     if device is None:
         places = (p.device for m in within(model, nn.Module) for p in m.parameters())

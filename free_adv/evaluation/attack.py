@@ -56,7 +56,8 @@ def pgd(
         step_size: Length of a step in pixel units. None means `2.5 * eps / steps`, enough to cross the ball.
         restarts: How many starts are tried; of each sample the first example that fools the model is
             kept, and no other start tried, else that with the largest loss.
-        loss: What ascends: "ce", the cross-entropy, or "cw", the margin `max_{j != y} z_j - z_y` of the logits
+        loss: What ascends: "ce", the cross-entropy (by its logarithmic odds, whose direction is the same and which no
+            confidence rounds to zero), or "cw", the margin `max_{j != y} z_j - z_y` of the logits
             (Carlini & Wagner 2017, arXiv 1608.04644); restarts after the first take the margin to another class
             each, the nearest first (as in Gowal et al. 2019, arXiv 1910.09338). Or, for any task, a callable
             `(output, y) -> losses` of shape (N,), whose largest is kept of all restarts.
@@ -87,12 +88,13 @@ def pgd(
         True
     """
     descent = Descent(threat, Task(loss, samples=samples), steps, step_size, restarts)
-    x = as_input(x).detach()
+    x = as_input(x)
     descent.generators[x.device] = generator or source(x.device, torch.initial_seed())
     with Subject(model, x.device) as subject:
         threat.check(x, doubts=True)
         y = descent.task.truth(y, len(x), x.device)
-        best, worst = x.clone(), torch.full((len(x),), -torch.inf, device=x.device)
+        best = x.clone()
+        worst = torch.full((len(x),), -torch.inf, dtype=torch.float32, device=x.device)
         left = torch.arange(len(x), device=x.device)  # those that no start has fooled
         for restart in range(descent.restarts):
             delta = descent.start(x) if random_start else torch.zeros_like(wide(x))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from free_adv.checks import describe
-from free_adv.evaluation.attack import rounded
-from free_adv.evaluation.task import Task
+from free_adv.evaluation.attack import rounded, wide
+from free_adv.evaluation.task import Task, logits
 from free_adv.threat import ThreatModel
 
 PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -52,7 +52,7 @@ def autoattack(
                 f"shape {tuple(x.shape)}; use PGD"
             )
         with torch.no_grad():
-            classes = model(x[:1].clone()).shape[1]
+            classes = logits(model(x[:1].clone()), 1).shape[1]
         if classes < 4:
             raise ValueError(
                 f"attack='autoattack' needs at least 4 classes, got {classes}; use PGD"
@@ -85,9 +85,18 @@ def inside(threat: ThreatModel, x: Tensor, x_adv: Any, name: str) -> Tensor:
         )
     moved: Tensor = x_adv.detach().to(x.dtype)
     delta = threat.displacement(x, moved)
-    farthest = threat.distance(delta).max().item()
     slack = 1e-4 + 4 * torch.finfo(x.dtype).eps
-    if not farthest <= threat.eps * (1 + slack) + slack * 1e-2:
+    most = threat.eps * (1 + slack) + slack * 1e-2
+    near = threat.distance(delta) <= most
+    farthest = 0.0
+    if not near.all():  # of a stray pixel the way back into the bounds is none of the attack's
+        beyond = threat.displacement(brought(threat, x, moved), moved)
+        farthest = threat.distance(beyond).max().item()
+        threat.project(delta)
+        held = rounded(threat, x, threat.perturb(wide(x), delta))
+        moved = torch.where(near.reshape(-1, *[1] * (x.ndim - 1)), moved, held)
+        delta = threat.displacement(x, moved)
+    if not farthest <= most:
         raise ValueError(
             f"attack {name} moved an input by {farthest:.4g} in {threat.norm}, but eps is "
             f"{threat.eps:.4g}; give it eps in pixel units and the loader's mean and std"
@@ -96,3 +105,12 @@ def inside(threat: ThreatModel, x: Tensor, x_adv: Any, name: str) -> Tensor:
         cure = "give it the bounds of the threat model, in the loader's units"
         raise ValueError(f"attack {name} left bounds {threat.bounds}; {cure}")
     return moved
+
+
+def brought(threat: ThreatModel, x: Tensor, moved: Tensor) -> Tensor:
+    """`x`, of which what strays outside the bounds has come back on its way to `moved`."""
+    z = wide(x)
+    if threat.bounds is None:
+        return z
+    inner = threat.from_pixels(threat.to_pixels(x).clamp(*threat.bounds), z.dtype)
+    return moved.to(z.dtype).clamp(torch.minimum(z, inner), torch.maximum(z, inner))

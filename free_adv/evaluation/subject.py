@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import sys
+import threading
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ FAR = 3000  # objects
 class Subject:
     """A model in evaluation mode; on leaving, its modes, gradients, buffers and random state are as they were.
 
+    Modules that other threads run meanwhile are none of its own.
+
     Args:
         model: A module, or any callable that runs some. Those that it leads to are still from the beginning, and
             any other from its first call on.
@@ -45,7 +48,7 @@ class Subject:
         self.model, self.device = model, device
         self.modes: dict[nn.Module, bool] = {}  # outer ones first
         self.roots: list[nn.Module] = []
-        self.grads: dict[int, tuple[nn.Parameter, Tensor | None]] = {}
+        self.grads: dict[int, tuple[nn.Parameter, Tensor | None, bool]] = {}
         self.found: Kept = []  # buffers as they were
         self.begun: Kept = []  # and in evaluation mode
         self.weights: list[tuple[str, nn.Parameter, tuple[int, str | None]]] = []
@@ -106,14 +109,14 @@ class Subject:
         weights = dict(root.named_parameters())
         for name, p in weights.items():
             if isinstance(p, nn.Parameter) and id(p) not in self.grads:
-                self.grads[id(p)] = p, p.grad
+                self.grads[id(p)] = p, p.grad, p.requires_grad
                 p.grad = None  # an attack's backward() would add to it
                 if not nn.parameter.is_lazy(p):
                     self.weights.append((name, p, _mark(p, id(p) in summed)))
         # In a call by torch.func other tensors are in their places.
         kept = new if all(isinstance(p, nn.Parameter) for p in weights.values()) else []
         found = _buffers(kept)
-        root.eval()
+        _switch(root, False)
         self.found += found
         self.begun += _buffers(kept) if own else found
         for module in new:
@@ -125,7 +128,7 @@ class Subject:
         """Into evaluation mode again, with its buffers, whatever an attack has done."""
         for root in self.roots:
             if any(m.training for m in root.modules() if m in self.modes):
-                root.eval()
+                _switch(root, False)
         _put_back(self.begun)
 
     def release(self) -> None:
@@ -134,20 +137,24 @@ class Subject:
             if isinstance(module, DistributedDataParallel):
                 vars(module).pop("forward", None)
             if module.training != mode:
-                module.train() if mode else module.eval()
+                _switch(module, mode)
         for module, mode in self.modes.items():
             if module.training != mode:  # where a train() of its own would have it otherwise
                 module.training = mode
         _put_back(self.found)
-        for p, grad in self.grads.values():
+        for p, grad, trained in self.grads.values():
             p.grad = grad
+            if p.requires_grad != trained:  # by a train() that freezes, or an attack
+                p.requires_grad_(trained)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Hold whatever runs meanwhile. Compiled code would not like the hook, so that nothing compiled runs."""
+        thread = threading.get_ident()
 
         def watch(module: nn.Module, _: Any) -> None:
-            if module not in self.modes and hasattr(module, "training"):
+            mine = threading.get_ident() == thread
+            if mine and module not in self.modes and hasattr(module, "training"):
                 self.hidden = True
                 self.hold(module)
 
@@ -202,6 +209,15 @@ def _inner(value: Any) -> list[Any]:
         return []
     called = getattr(type(value), "__call__", None)  # noqa: B004
     return [*gc.get_referents(value), called if isinstance(called, FunctionType) else None]
+
+
+def _switch(module: nn.Module, mode: bool) -> None:
+    """Into a mode by its own train() or eval(), but for what has none, as modules that torch.export has made."""
+    try:
+        module.train() if mode else module.eval()
+    except NotImplementedError:
+        for inner in module.children():
+            _switch(inner, mode)
 
 
 def _switches(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from free_adv.batch import move, tensors
+from free_adv.batch import move, rebuilt, tensors
 from free_adv.checks import choice, count, describe
 
 Loss = Literal["ce", "cw"]
@@ -21,11 +21,16 @@ OTHER = "for any other task give loss= and correct= of your own"
 
 @dataclass(frozen=True)
 class Task:
-    """What ascends, and what is right; the arguments are those of `evaluate`."""
+    """What ascends, and what is right; the arguments are those of `evaluate`.
+
+    Attributes:
+        ascended: Whether PGD runs at all: its own losses take class indices, whatever `correct` takes.
+    """
 
     loss: Loss | PerSample = "ce"
     correct: PerSample | None = None
     samples: int = 1
+    ascended: bool = True
 
     def __post_init__(self) -> None:
         count("samples", self.samples)
@@ -36,10 +41,10 @@ class Task:
 
     def truth(self, y: Any, samples: int, device: torch.device) -> Any:
         """The labels, in a form in which rows can be taken of them."""
-        if not callable(self.loss) and self.correct is None:
+        if not callable(self.loss) and (self.ascended or self.correct is None):
             return labels(y, samples, device)
         several = isinstance(y, list | tuple | Mapping)
-        y = move(y, device) if several else torch.as_tensor(y, device=device)
+        y = move(y, device) if several else torch.as_tensor(y, device=device).detach()
         columns = [*y.values()] if isinstance(y, Mapping) else [y]
         for column in columns:
             if not hasattr(column, "__len__") or len(column) != samples:
@@ -50,20 +55,28 @@ class Task:
         return y
 
     def ascends(self, output: Any, y: Any, rival: Tensor | None = None) -> Tensor:
-        """The loss of each sample; a margin is that to the class `rival`, where there is one."""
+        """The loss of each sample; a margin is that to the class `rival`, where there is one.
+
+        The cross-entropy is softplus(m) of the margin m of all other classes together. Where the model is sure, the
+        share of the true class in its gradient, 1 - p_y, rounds to zero, and half of the direction is lost. m has the
+        same direction and order, and loses nothing; of several passes the mean is that of the cross-entropy.
+        """
         if callable(self.loss):
-            return per_sample("loss", self.loss(output, y), count_of(y))
+            return per_sample("loss", self.loss(output, rebuilt(y)), count_of(y))
         z = logits(output, len(y))
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        own, others = z.gather(1, y[:, None])[:, 0], z.scatter(1, y[:, None], -torch.inf)
         if self.loss == "ce":
-            return functional.cross_entropy(z, y, reduction="none")
-        nearest = z.detach().scatter(1, y[:, None], -torch.inf).argmax(1)
+            margin = others.logsumexp(1) - own
+            return margin if self.samples == 1 else functional.softplus(margin)
+        nearest = others.argmax(1)
         rival = nearest if rival is None else torch.where(rival < 0, nearest, rival)
-        return (z.gather(1, rival[:, None]) - z.gather(1, y[:, None]))[:, 0]
+        return z.gather(1, rival[:, None])[:, 0] - own
 
     def right(self, outputs: Iterable[Any], y: Any) -> Tensor:
         """How far each sample is right: yes or no, by most of the outputs, or the mean of its shares."""
-        correct = self.correct or classified
-        found = torch.stack([per_sample("correct", correct(z, y), count_of(y)) for z in outputs])
+        correct, n = self.correct or classified, count_of(y)
+        found = torch.stack([per_sample("correct", correct(z, rebuilt(y)), n) for z in outputs])
         if found.dtype == torch.bool:
             return found.float().mean(0) > 0.5
         share = found.detach().double().mean(0).cpu()
@@ -76,13 +89,18 @@ class Task:
 
 
 def as_input(x: Any) -> Tensor:
-    """`x`, if it is what can be moved."""
+    """`x` without a graph, if it is what can be moved."""
     if not isinstance(x, Tensor):
         raise TypeError(
             f"the inputs x must be one tensor of shape (N, ...), got a {type(x).__name__}; of a NumPy array take "
             "torch.from_numpy(x); what else the model takes is not attacked: pass lambda x: model(x, other)"
         )
-    return x
+    if not x.is_floating_point():
+        raise TypeError(
+            f"the inputs x must be floating point, got {describe(x)}; of images take x.float() / 255, or "
+            "ToDtype(torch.float32, scale=True) in the transform"
+        )
+    return x.detach()
 
 
 def logits(output: Any, samples: int) -> Tensor:
@@ -95,27 +113,37 @@ def logits(output: Any, samples: int) -> Tensor:
             f"model must return logits of shape (N, classes), got a {type(output).__name__}; "
             f"pass lambda x: model(x){take}; {OTHER}"
         )
-    if output.ndim == 1 or (output.ndim == 2 and output.shape[1] == 1):
+    if not output.is_floating_point():
+        raise ValueError(
+            f"model must return logits of shape (N, classes), got {describe(output)}; leave out argmax(1); {OTHER}"
+        )
+    if output.shape in ((samples,), (samples, 1)):
         z = "z" if output.ndim == 2 else "z[:, None]"
         raise ValueError(
             f"model must return logits of two classes or more, got {describe(output)}; for one output with a "
             f"threshold at 0 write a wrapper: z = model(x); return torch.cat([-{z}, {z}], 1); {OTHER}"
         )
-    if output.ndim != 2 or len(output) != samples or not output.is_floating_point():
+    if output.ndim != 2 or len(output) != samples or output.shape[1] < 2:
+        cure = "squeeze() takes the batch dimension too: flatten(1)" if output.ndim < 2 else OTHER
         raise ValueError(
-            f"model must return logits of shape (N, classes) for {samples} samples, got {describe(output)}; {OTHER}"
+            f"model must return logits of shape (N, classes) for {samples} samples, got {describe(output)}; {cure}"
         )
     return output
 
 
 def labels(y: Any, samples: int, device: torch.device) -> Tensor:
     """Class indices of shape (N,), as whole numbers."""
-    y = torch.as_tensor(y, device=device)
-    what = f"labels y must be class indices of shape (N,), got {describe(y)}"
+    what = "labels y must be class indices of shape (N,), got"
+    try:
+        y = torch.as_tensor(y, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        held = type(next(iter(y), None)).__name__ if isinstance(y, list | tuple) else "others"
+        raise TypeError(f"{what} a {type(y).__name__} of {held}; {OTHER}") from error
+    what = f"{what} {describe(y)}"
     if y.ndim == 2 and y.shape[1] == 1 and samples == len(y):
         raise ValueError(f"{what}; y[:, 0]")
     if y.ndim == 2:
-        raise ValueError(f"{what}; of one-hot or soft labels take y.argmax(1)")
+        raise ValueError(f"{what}; of one-hot or soft labels take y.argmax(1); {OTHER}")
     if y.ndim != 1 or len(y) != samples:
         raise ValueError(f"{what} for {samples} samples; {OTHER}")
     if y.is_floating_point() or y.is_complex():
@@ -135,9 +163,10 @@ def in_range(y: Tensor, classes: int) -> None:
             )
 
 
-def classified(output: Any, y: Tensor) -> Tensor:
+def classified(output: Any, y: Any) -> Tensor:
     """Which samples are classified correctly; an answer that is no number is a wrong one."""
-    z = logits(output, len(y))
+    z = logits(output, count_of(y))
+    y = labels(y, len(z), z.device)
     in_range(y, z.shape[1])
     return torch.logical_and(z.argmax(1) == y, ~z.isnan().any(1))
 
@@ -153,9 +182,11 @@ def per_sample(name: str, values: Any, samples: int) -> Tensor:
     """What a callable of the user's returned, if it is one number for each sample."""
     if not isinstance(values, Tensor) or values.shape != (samples,):
         got = describe(values) if isinstance(values, Tensor) else f"a {type(values).__name__}"
+        cure = "of values for every place take their mean, values.flatten(1).mean(1)"
+        if getattr(values, "ndim", None) == 0:
+            cure = 'take no mean over the samples: reduction="none" in a loss of torch'
         raise ValueError(
-            f"{name} must return one value for each of {samples} samples, shape ({samples},), got {got}; of "
-            "values for every place take their mean, values.flatten(1).mean(1)"
+            f"{name} must return one value for each of {samples} samples, shape ({samples},), got {got}; {cure}"
         )
     return values
 
@@ -176,6 +207,15 @@ def joined(one: Any, other: Any) -> Any:
     if isinstance(one, Mapping):
         return {name: joined(values, other[name]) for name, values in one.items()}
     return [*one, *other]
+
+
+def form(column: Any) -> Any:
+    """What two columns must have in common to be joined."""
+    if isinstance(column, Tensor):
+        return column.shape[1:], column.dtype
+    if isinstance(column, Mapping):
+        return {name: form(values) for name, values in column.items()}
+    return None
 
 
 def count_of(column: Any) -> int:
