@@ -208,6 +208,14 @@ def _children(value: Any, on_path: Iterable[Any]) -> dict[Any, Any] | None:
     """What a container holds, by key; of an object of the user's own its tensors, if it is on the path."""
     if isinstance(value, Tensor | str):
         return None
+    if (contained := _contained(value)) is not None:
+        return contained
+    held = {**_held(value), **{key: _at(value, key)[0][1] for key in on_path}}
+    return held or None
+
+
+def _contained(value: Any) -> dict[Any, Any] | None:
+    """What a container holds, by key; None if it is none."""
     if isinstance(value, Mapping):
         return {key: value[key] for key in value.keys()}  # noqa: SIM118 iteration may give others
     if isinstance(value, list | tuple | deque | UserList):
@@ -215,12 +223,11 @@ def _children(value: Any, on_path: Iterable[Any]) -> dict[Any, Any] | None:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in dataclasses.fields(value)]
         return {name: getattr(value, name) for name in names if hasattr(value, name)}
-    held = {**_held(value), **{key: _at(value, key)[0][1] for key in on_path}}
-    return held or None
+    return None
 
 
 def _held(value: Any) -> dict[Any, Any]:
-    """What an object of the user's own holds, if that is tensors or arrays, alone or in plain containers."""
+    """What an object of the user's own holds, if that is tensors or arrays, alone or in containers."""
     if isinstance(value, type | nn.Module) or _is_array(value):
         return {}
     if hasattr(value, "__getitem__") and callable(getattr(value, "keys", None)):  # a graph of PyG
@@ -233,9 +240,8 @@ def _held(value: Any) -> dict[Any, Any]:
 
 
 def _is_data(value: Any) -> bool:
-    if type(value) in (list, tuple, dict):
-        return any(map(_is_data, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, Tensor) or _is_array(value)
+    contained = _contained(value) or {}
+    return isinstance(value, Tensor) or _is_array(value) or any(map(_is_data, contained.values()))
 
 
 def _like(value: Any, children: dict[Any, Any]) -> Any:
@@ -258,10 +264,11 @@ def _like(value: Any, children: dict[Any, Any]) -> Any:
         attribute = isinstance(key, str) and not isinstance(value, Mapping) and hasattr(value, key)
         if not attribute:
             twin[key] = child
-        elif dataclasses.is_dataclass(value):  # also a frozen one
-            object.__setattr__(twin, key, child)
         else:
-            setattr(twin, key, child)
+            try:
+                setattr(twin, key, child)
+            except (AttributeError, TypeError, ValueError):  # a frozen one
+                object.__setattr__(twin, key, child)
     return twin
 
 
@@ -288,6 +295,8 @@ def _hint(batch: Any) -> str:
 def _floats(batch: Any, value: Tensor) -> str:
     """What to do where the input is of whole numbers."""
     images = "convert it before the replay (images: x.float() / 255, or ToDtype(torch.float32, scale=True))"
+    if value.is_complex():
+        return "perturb real and imaginary parts, x = torch.view_as_real(x) in the loader and torch.view_as_complex in the model"
     if value.dtype == torch.uint8 or value.ndim > 2:
         return images
     tokens = "for tokens perturb what they are embedded to: at=model.get_input_embeddings()"

@@ -148,7 +148,7 @@ class FreeAdversarial:
 
         Wrap last: after `accelerator.prepare`, after any prefetching. Its length is *m* times the loader's;
         other attributes are the loader's own. Every replay yields the batch in fresh containers, with fresh tensors and
-        NumPy arrays, also in an object's attributes; what holds none is passed on as it is.
+        NumPy arrays, also in an object's attributes and the containers there; what holds none is passed on as it is.
 
         Args:
             loader: Any iterable of batches. The input, at `key`, has shape (N, ...) and a floating dtype;
@@ -308,7 +308,8 @@ class FreeAdversarial:
         Raises:
             ValueError, TypeError: The state is malformed or was made with other settings. Nothing is changed.
         """
-        states.load(self._loop, state)
+        with torch.inference_mode(False):  # its tensors could never want a gradient
+            states.load(self._loop, state)
 
     def __enter__(self) -> FreeAdversarial:
         return self

@@ -44,7 +44,7 @@ class Hints:
         # A weight that has a gradient of the micro-batches so far.
         self.summed: Tensor | None = None
         # Where the gradients of a new shape are zero, and whether they are of float16.
-        self.zeros: dict[object, tuple[Tensor, bool]] = {}
+        self.zeros: dict[object, tuple[Tensor, Tensor]] = {}
 
     def first(self, topic: object) -> bool:
         """Whether the topic is new."""
@@ -94,7 +94,12 @@ class Hints:
             named = {i.path: i.given for i in micro.inputs}
             shapes = {x.shape for x in named.values() if x.ndim > 1 and x[:1].numel() > 1}
             for path, t in tensors(micro.batch):
-                if path in named or t.is_nested or t.shape not in shapes:
+                if (
+                    path in named
+                    or t.is_nested
+                    or t.layout != torch.strided
+                    or t.shape not in shapes
+                ):
                     continue
                 # An input may be its own target.
                 own = any(t is x or _equal(t, x) for x in named.values())
@@ -191,7 +196,7 @@ class Hints:
                 "ignore this if there are to be fewer updates than replays",
             )
 
-    def of_a_minibatch(self, loop: Loop, watch: RemovableHandle) -> None:
+    def of_a_minibatch(self, loop: Loop, watch: RemovableHandle | None) -> None:
         """Arguments that only `step` uses, once a minibatch is through without it; whether to go on watching."""
         if not self.moved:  # all were skipped, or came from a state with nothing left
             return
@@ -204,7 +209,7 @@ class Hints:
                 "called: call it in place of zero_grad(), backward() and optimizer.step(), or leave the argument out "
                 "and scale and clip in the loop; ignore this if step is called later"
             )
-        if self.enough(loop):
+        if watch is not None and self.enough(loop):
             watch.remove()
 
     def of_the_turn(self, turns: set[int]) -> None:
@@ -215,6 +220,16 @@ class Hints:
                 f"the batches that were taken ahead are replays {sorted(turns)} of a short minibatch, and turn is that of "
                 "the last one: take them one by one, or leave out a short last group (drop_last=True); ignore this if "
                 "nothing depends on it",
+            )
+
+    def of_the_latest(self, ahead: int) -> None:
+        """What belongs to the batch yielded last, while several are out ahead."""
+        if ahead > 1:
+            self.tell(
+                "latest",
+                f"the batches that were taken ahead are {ahead}, and free.clean and free.delta are those of the last one, so "
+                "that a loss made with them pairs the others with wrong images: take batches one by one (in a framework, "
+                "accumulate none), or let a batch hold its images twice; ignore this if they are only looked at",
             )
 
     def of_the_epochs(self, n: int, made: int, cost: float) -> None:
@@ -285,7 +300,7 @@ class Hints:
             if grad.numel() and not grad.is_meta:
                 zero = grad.detach().reshape(len(grad), -1) == 0
                 old = self.zeros.get(shape)
-                half = grad.dtype == torch.float16  # where what is too small becomes zero
+                half = _of_float16(grad.detach())  # where what is too small becomes zero
                 self.zeros[shape] = (zero if old is None else zero & old[0]), half
 
         if self.first(shape):
@@ -356,6 +371,14 @@ def masked(still: int, samples: int, what: str, when: str) -> str:
         "moved: a model may look robust that is not. Look for a layer that rounds, probabilities in place of "
         "logits, float16 without a GradScaler; in an evaluation try loss='cw', attack='autoattack' or float32"
     )
+
+
+def _of_float16(grad: Tensor) -> Tensor:
+    """Whether a gradient was computed in float16, also where autocast has made it float32 since: its grid tells."""
+    coarse = (
+        grad == grad.half()
+    ).all()  # and so small that no other precision has only such numbers
+    return coarse & (grad.where(grad != 0, 1).abs().amin() < 1e-6)
 
 
 def _equal(t: Tensor, other: Tensor) -> bool:

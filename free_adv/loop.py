@@ -193,6 +193,7 @@ class Loop:
 
     def moved(self, delta: bool) -> Tensor | list[Tensor] | None:
         """Copies of what was moved last, or of its delta: a list for several inputs or if samples differ in shape."""
+        self.hints.of_the_latest(sum(visit.waits for visit in self.flight.waiting))
         found, moved = [], [*self.flight.moved.items()]
         for i, (rows, x) in enumerate(moved):
             if rows.key not in self.delta.buffers:

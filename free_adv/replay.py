@@ -9,7 +9,9 @@ from operator import length_hint
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
+from free_adv.flight import Flight
 from free_adv.loop import Loop
 
 T = TypeVar("T")
@@ -40,49 +42,13 @@ class Replay(Generic[T]):
             raise TypeError(f"the loader has no length: {error}") from error
 
     def __iter__(self) -> Iterator[T]:
-        loop, loader = self._loop, self._loader
-        loop.hints.of_the_loader(loop, loader)
-        # If the loader raises here, nothing has changed.
-        chunks = _chunks(map(loop.held, iter(loader)), loader, loop.accumulate * loop.window)
-        ended = False  # Accelerate's flag, see below
-        me = loop.open()
-        watch = loop.hints.watch(loop)
-        try:
-            while True:
-                if not loop.resumed:
-                    loop.delta.forget()
-                    if (batches := next(chunks, None)) is None:
-                        return
-                    ended = getattr(loader, "end_of_dataloader", False)
-                    loop.read(batches)
-                    loop.hints.of_the_batches(loop)
-                while loop.flight.todo:
-                    if torch.is_inference_mode_enabled():
-                        raise RuntimeError(
-                            "replay() was iterated under torch.inference_mode(), where nothing "
-                            "receives a gradient: iterate it outside"
-                        )
-                    batch = loop.next()
-                    if ended:  # for Accelerate, only the last replay is that of the last batch
-                        loader.end_of_dataloader = not loop.flight.todo
-                    yield batch
-                    if loop.newest is not me:
-                        raise RuntimeError(
-                            "this replay was replaced by a newer one of the same FreeAdversarial, or ended by "
-                            "load_state_dict() or by the end of its with block: iterate the newest, or replay(loader) "
-                            "anew, and give loops that run side by side one object each"
-                        )
-                    loop.demand()
-                loop.leave()
-                loop.hints.of_a_minibatch(loop, watch)
-        finally:
-            watch.remove()
-            if loop.newest is me:
-                loop.newest = None
+        return Turns(self._loop, self._loader)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("_loop", "_loader"):  # not set up yet: copy and pickle look here first
             raise AttributeError(name)
+        if name == "next":  # its batches would come as they are
+            raise AttributeError("a replay has no next(): iterate it, or call next(iter(replay))")
         return getattr(self._loader, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -95,12 +61,92 @@ class Replay(Generic[T]):
         return f"Replay({self._loader!r}, replays={self._loop.replays})"
 
 
-def _chunks(batches: Iterator[Any], loader: Any, size: int) -> Iterator[list[Any]]:
-    """Up to `size` batches at a time, never past the loader's end, where it may begin to clear up."""
-    left = 0
-    if size > 1:  # no other needs it
-        with contextlib.suppress(Exception):  # a stream's `__len__` may raise what it likes
-            left = length_hint(loader, 0)
-    while chunk := list(islice(batches, min(size, left) or size)):
-        left = max(0, left - len(chunk))
-        yield chunk
+class Turns(Iterator[T]):
+    """The batches of one pass over a loader, in their turns. Behind an error it goes on, as a loader's iterator does."""
+
+    def __init__(self, loop: Loop, loader: Any) -> None:
+        self.loop, self.loader = loop, loader
+        self.source: Iterator[Any] = iter(())  # the loader's iterator, from the first batch on
+        self.left = 0  # how many batches the loader may still have, if it matters
+        self.taken: list[Any] = []  # what it gave that is not in flight yet
+        self.last = False  # Accelerate's flag, see below
+        self.through = False
+        self.me: object = None  # this iterator for the loop, once it has begun
+        self.failed: Flight | None = None  # what was in flight when an error came
+        self.watch: RemovableHandle | None = None
+
+    def __next__(self) -> T:
+        if self.through:
+            raise StopIteration
+        loop = self.loop
+        try:
+            self._open()
+            if loop.newest is not self.me:
+                raise RuntimeError(
+                    "this replay was replaced by a newer one of the same FreeAdversarial, or ended by "
+                    "load_state_dict() or by the end of its with block: iterate the newest, or replay(loader) "
+                    "anew, and give loops that run side by side one object each"
+                )
+            if torch.is_inference_mode_enabled():
+                raise RuntimeError(
+                    "replay() was iterated under torch.inference_mode(), where nothing "
+                    "receives a gradient: iterate it outside"
+                )
+            loop.demand()
+            if not loop.flight.todo and not self._read():
+                self.through = True
+                raise StopIteration
+            batch: T = loop.next()
+            if self.last:  # for Accelerate, only the last replay is that of the last batch
+                self.loader.end_of_dataloader = not loop.flight.todo
+        except BaseException:
+            self.failed = loop.flight if loop.newest is self.me else None
+            self._rest()
+            raise
+        return batch
+
+    def _rest(self) -> None:
+        if self.watch is not None:
+            self.watch.remove()
+        if self.loop.newest is self.me:
+            self.loop.newest = None
+
+    def close(self) -> None:
+        """End here, as a loop that is left does."""
+        self.through = True
+        self._rest()
+
+    __del__ = close
+
+    def _open(self) -> None:
+        loop = self.loop
+        if self.me is None:
+            loop.hints.of_the_loader(loop, self.loader)
+            # If the loader raises here, nothing has changed.
+            self.source = map(loop.held, iter(self.loader))
+            if loop.accumulate * loop.window > 1:  # no other needs it
+                with contextlib.suppress(Exception):  # a stream's `__len__` may raise what it likes
+                    self.left = length_hint(self.loader, 0)
+            self.me = loop.open()
+        elif self.failed is not None and self.failed is loop.flight and loop.newest is None:
+            loop.newest = self.me
+        else:
+            return
+        self.failed, self.watch = None, loop.hints.watch(loop)
+
+    def _read(self) -> bool:
+        """Take what comes next from the loader, never past its end, where it may begin to clear up; False behind it."""
+        loop, size = self.loop, self.loop.accumulate * self.loop.window
+        loop.leave()
+        loop.hints.of_a_minibatch(loop, self.watch)
+        loop.delta.forget()
+        wanted = min(size, self.left) or size
+        for batch in islice(self.source, wanted - len(self.taken)):
+            self.taken.append(batch)
+        batches, self.taken = self.taken, []
+        self.left = max(0, self.left - len(batches))
+        if batches:
+            self.last = getattr(self.loader, "end_of_dataloader", False)
+            loop.read(batches)
+            loop.hints.of_the_batches(loop)
+        return bool(batches)

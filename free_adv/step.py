@@ -28,7 +28,7 @@ def step(loop: Loop, loss: Tensor) -> None:
     if index is None:
         raise RuntimeError(
             "step() makes the backward pass itself, and that of this batch is made: leave out loss.backward(), or "
-            "the second call of step()"
+            "the second call of step(); a term of the loss that depends on the batch is added to the loss"
             if flight.past or flight.waiting
             else "step() expects one call for each batch of replay(): call it once inside "
             "`for x, y in free.replay(loader):` of the same object"

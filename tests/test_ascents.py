@@ -228,6 +228,7 @@ def test_several_inputs_climb_together(key):
     torch.testing.assert_close(moved - torch.stack([one, two]), delta)
 
 
+@pytest.mark.filterwarnings("ignore:the batches that were taken ahead")
 def test_a_consumer_that_takes_batches_ahead_gets_those_that_climbed_before_each():
     model = network()
     free = free_with(model, ascents=1, replays=2, accumulate=2)

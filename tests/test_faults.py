@@ -368,6 +368,32 @@ def test_a_corrupt_sample_leaves_the_state_after_the_last_full_minibatch(workers
     assert equal(run.go(healthy(first=full)).outcome(), whole.outcome())  # without a restart
 
 
+def goes_on(run, batches, errors, then=lambda: None):
+    """Train with every batch that comes, whatever error of these comes in place of one: how often it did."""
+    failures = 0
+    while True:
+        try:
+            x, y = next(batches)
+        except StopIteration:
+            return failures
+        except errors:
+            failures += 1
+            then()
+        else:
+            run.free.step(loss_of(run.model, x, y))
+
+
+@pytest.mark.parametrize("group", [{}, {"accumulate": 2}, {"window": 2}], ids=repr)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loop_that_catches_the_error_of_a_corrupt_sample_trains_on_all_the_others(workers, group):
+    run = Training(**group)
+    loader = iter(DataLoader(Images(corrupt=15), 4, num_workers=workers))
+    assert goes_on(run, iter(run.free.replay(loader)), OSError) == 1
+    end(loader)
+    others = [batch for number, batch in enumerate(healthy()) if number != 3]
+    assert equal(run.outcome(), Training(**group).go(others).outcome())
+
+
 # A pass that runs out of memory, and an optimizer that fails.
 
 LONG = 30  # a batch of so many images does not fit
@@ -463,6 +489,41 @@ def test_a_minibatch_that_does_not_fit_into_memory_is_skipped_as_if_it_had_not_b
         rows = len(theirs)
         assert torch.equal(delta[:rows], theirs)
         assert not delta[rows:].any()  # the rows that only the long batch would have used
+
+
+def climbing(before, accumulate):
+    """A run that climbs twice before each batch; `before` is called with what the objective gives the model."""
+    n_fgsm = {"ascents": 2, "start": "zero", "replays": 1, "accumulate": accumulate}
+
+    def objective(batch):
+        return loss_of(run.model, before(batch[0]), batch[1])
+
+    run = Training(objective=objective, **n_fgsm)
+    return run
+
+
+@pytest.mark.parametrize("place", ["forward", "backward"])
+@pytest.mark.parametrize("name", TOO_LONG)
+def test_a_minibatch_whose_ascents_do_not_fit_into_memory_is_skipped_as_if_it_had_not_been(
+    name, place
+):
+    sizes, accumulate, at = TOO_LONG[name]
+    loader = batches(sizes)
+    run = climbing(Hungry(place), accumulate)
+    errors = (RuntimeError, MemoryError)
+    assert goes_on(run, iter(run.free.replay(loader)), errors, run.free.skip) == 1
+    del loader[at : at + accumulate]
+    other = climbing(lambda x: x, accumulate).go(loader)
+    assert equal(run.outcome()[:2], other.outcome()[:2])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_ascents_that_failed_once_are_made_again_when_the_batch_is_asked_for_again(accumulate):
+    loader = batches((4, 4, 4, 4))
+    run = climbing(Hungry("backward", once(4)), accumulate)
+    assert goes_on(run, iter(run.free.replay(loader)), RuntimeError) == 1
+    other = climbing(lambda x: x, accumulate).go(loader)
+    assert equal(run.outcome(), other.outcome())
 
 
 @pytest.mark.parametrize("place", ["forward", "backward"])

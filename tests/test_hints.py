@@ -192,6 +192,28 @@ def test_the_turn_of_batches_that_are_ahead_and_of_several_replays_is_told(told)
             x.sum().backward()
 
 
+@pytest.mark.parametrize(("ahead", "times"), [(1, 0), (2, 1)])
+def test_that_clean_images_are_those_of_another_batch_that_is_ahead_is_told(ahead, times, told):
+    free = FreeAdversarial(eps=0.1, replays=2, accumulate=2)
+    replay = iter(free.replay(batches((4,) * 4)))
+    for _ in range(8 // ahead):
+        for x, y in [next(replay) for _ in range(ahead)]:
+            assert free.clean.shape == free.delta.shape == x.shape
+            loss_of(network(), x, y).backward()
+    assert told("free.clean and free.delta are those of the last one") == times
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+def test_a_sparse_tensor_beside_the_input_is_of_no_concern(layout):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of a beta
+        graph = torch.eye(6).to_sparse(layout=layout)
+    batch = torch.rand(6, 6), graph
+    x, beside = next(iter(FreeAdversarial(eps=0.1, accumulate=1).replay([batch])))
+    assert x.requires_grad
+    assert beside.layout == layout
+
+
 @pytest.mark.parametrize(("shape", "times"), [((2, 3, 3, 8, 8), 1), ((2, 3, 4, 8, 8), 0)])
 def test_channels_that_may_be_the_frames_of_a_video_are_told(shape, times, told):
     free = FreeAdversarial(eps=0.1, mean=[0.5] * 3, std=[0.25] * 3, replays=2, bounds=None)

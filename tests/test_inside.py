@@ -124,6 +124,7 @@ def test_step_and_a_loop_with_its_own_backward_pass_agree():
     assert torch.equal(model.embedding.weight, other.embedding.weight)
 
 
+@pytest.mark.filterwarnings("ignore:the batches that were taken ahead")
 @pytest.mark.parametrize("start", ["carry", "zero", "uniform"])
 @pytest.mark.parametrize("short", [1, 2])
 def test_a_window_over_the_replays_of_a_short_group_keeps_to_the_rows_of_the_group(short, start):

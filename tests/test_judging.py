@@ -389,23 +389,29 @@ def test_the_replay_tells_of_gradients_that_vanish_once_for_a_shape():
     assert len(told) == 1
 
 
+@pytest.mark.parametrize("how", ["half", "casts its input", "autocast", "autocast to bfloat16"])
 @pytest.mark.parametrize("scaled", [False, True], ids=["no scaler", "scaler"])
-def test_a_float16_loop_without_a_scaler_is_told(scaled):
+def test_a_float16_loop_without_a_scaler_is_told(scaled, how):
     torch.manual_seed(0)
     net = nn.Sequential(
         *(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
         nn.Linear(16, 10),
-    ).half()
+    )
+    x, y = images(64, shape=(3, 64, 64)), torch.arange(64) % 10
+    net = net if how.startswith("autocast") else net.half()
+    x = x.half() if how == "half" else x
     scaler = torch.amp.GradScaler("cpu", init_scale=4096.0) if scaled else None
     free = FreeAdversarial(eps=EPS, replays=2)
-    x, y = images(64, shape=(3, 64, 64)).half(), torch.arange(64) % 10
+    dtype = torch.bfloat16 if how.endswith("bfloat16") else torch.float16
 
     def train():
         for a, b in free.replay([(x, y)]):
-            loss = functional.cross_entropy(net(a).float(), b) / 4  # as small as that of 256 images
+            with torch.autocast("cpu", dtype, enabled=how.startswith("autocast")):
+                logits = net(a.half() if how == "casts its input" else a)
+            loss = functional.cross_entropy(logits.float(), b) / 4  # as small as that of 256 images
             (scaler.scale(loss) if scaled else loss).backward()
 
-    if scaled:
+    if scaled or dtype == torch.bfloat16:
         train()
     else:
         with pytest.warns(UserWarning, match="zero in a tenth of its entries.*GradScaler"):

@@ -102,6 +102,7 @@ def test_a_new_replay_takes_in_what_the_last_one_had_left():
     assert (free.delta != 0).any()
 
 
+@pytest.mark.filterwarnings("ignore:the batches that were taken ahead")
 @given(
     calls=st.lists(
         st.sampled_from(
@@ -136,8 +137,7 @@ def test_any_order_of_calls_ends_right_or_in_a_clear_error(calls, accumulate):
                 replay.close()
                 replay, current = iter(free.replay(loader)), None
             elif call == "error":
-                with contextlib.suppress(ZeroDivisionError):
-                    replay.throw(ZeroDivisionError)
+                del replay  # as the iterator of a loop whose body has raised
                 replay, current = iter(free.replay(loader)), None
             elif call == "save":
                 state = free.state_dict()

@@ -198,17 +198,20 @@ class Due:
 
 @dataclasses.dataclass(eq=False)
 class Epoch:
-    """An iterator: not yet begun, running, replaced by a newer one, or over."""
+    """An iterator: not yet begun, running or replaced by a newer one, behind an error, or over."""
 
     iterator: object
     items: list
     state: str = "new"
+    kept: list = dataclasses.field(default_factory=list)  # what came before a loader's error
+    flights: int | None = None  # how many there had been when an error came
 
 
 class Model:
     """One FreeAdversarial, in plain words."""
 
     def __init__(self, key, norm, m, k, window, start, step):
+        self.flights = 0  # how many there were
         self.paths, self.several = PATHS[key], key in ("two", "nested")
         self.norm, self.m, self.k, self.window, self.start = norm, m, k, window, start
         self.eps, self.step = RADII[0], step
@@ -255,6 +258,7 @@ class Model:
 
     def take_off(self, flight, done):
         """They are in flight, and take turns."""
+        self.flights += 1
         self.flight, self.due, self.past, self.latest = flight, [], [], None
         self.stops = [
             Stop(turn, w, i, i == len(minibatch) - 1)
@@ -297,10 +301,11 @@ class Model:
             del self.delta[key]
         if any(i.key not in self.delta for i in self.moved):
             self.moved = []
-        items = []
+        items, epoch.kept = epoch.kept, []
         while epoch.items and len(items) < self.k * self.window:
             item = epoch.items.pop(0)
             if item.kind == "broken":
+                epoch.kept, epoch.items = items, []  # a generator ends with its error
                 return Broken
             items.append(item)
         if any(i.kind == "elsewhere" or i.kind in UNFIT for i in items):
@@ -357,6 +362,8 @@ class Model:
         """The batch that comes next, or the error."""
         if epoch.state == "over":
             return StopIteration
+        if epoch.state == "failed" and self.running is None and epoch.flights == self.flights:
+            self.running, epoch.state = epoch, "running"
         if epoch.state == "new":
             self.take_in()
             if not self.resumed:
@@ -392,6 +399,14 @@ class Model:
         self.due.append(due)
         self.moved = inputs
         return due
+
+    def fails(self, epoch, error):
+        """An iterator goes on behind an error, unless something else has begun since."""
+        mine = self.running is epoch
+        epoch.state = "over" if error is StopIteration else "failed"
+        epoch.flights = self.flights if mine else None
+        if mine:
+            self.running = None
 
     def begins(self, free, inputs):
         """Rows that nothing in flight has used begin now; a random beginning is taken from the library."""
@@ -534,9 +549,7 @@ class Machine(RuleBasedStateMachine):
         due = model.advance(epoch)
         if not isinstance(due, Due):
             self.refused(lambda: next(epoch.iterator), due)
-            epoch.state = "over"
-            if model.running is epoch:
-                model.running = None
+            model.fails(epoch, due)
             return None
         with context:
             batch = next(epoch.iterator)
@@ -655,16 +668,12 @@ class Machine(RuleBasedStateMachine):
         model.skip()
 
     @precondition(lambda self: self.epochs)
-    @rule(which=st.integers(0, 3), how=st.sampled_from(["close", "throw", "forget"]))
+    @rule(which=st.integers(0, 3), how=st.sampled_from(["close", "forget"]))
     def leave_an_epoch(self, which, how):
         self.count("loops left")
         who, epoch = self.epochs[-1 if which else 0]
         model = self.pairs[who][1]
-        if how == "throw":
-            with pytest.raises((Broken, KeyboardInterrupt)):
-                epoch.iterator.throw(KeyboardInterrupt if which % 2 else Broken)
-        else:
-            epoch.iterator.close()
+        epoch.iterator.close()
         epoch.state = "over"
         if model.running is epoch:
             model.running = None
@@ -731,6 +740,7 @@ class Machine(RuleBasedStateMachine):
             return
         free.load_state_dict(state)
         model.begin({key: buffer.clone() for key, buffer in delta.items()})
+        model.flights += 1  # which may be none
         model.turn = None
         model.eps, model.step, begun = brought
         if flight:

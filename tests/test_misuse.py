@@ -75,6 +75,30 @@ def test_iterating_in_inference_mode_is_refused():
     free = FreeAdversarial(eps=0.1)
     with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
         next(iter(free.replay(batches())))
+    assert next(iter(free.replay(batches())))[0].requires_grad  # nothing is left of it
+
+
+def test_a_state_that_is_loaded_in_inference_mode_can_be_trained_on():
+    model = network()
+    free = free_for(model)
+    x, y = next(iter(free.replay(batches())))
+    free.step(loss_of(model, x, y))
+    state = free.state_dict()
+    with torch.inference_mode():
+        free.load_state_dict(state)
+    for x, y in free.replay(batches()):
+        free.step(loss_of(model, x, y))
+
+
+def test_the_clean_batches_of_a_loader_that_has_a_next_are_not_given_for_a_replays():
+    class Loader(list):
+        def next(self):
+            return self[0]
+
+    replay = FreeAdversarial(eps=0.1).replay(Loader(batches()))
+    with pytest.raises(AttributeError, match=r"no next\(\): iterate it"):
+        replay.next()
+    assert replay.append  # another attribute of the loader's own
 
 
 def test_step_out_of_order_says_what_was_expected():
@@ -87,8 +111,13 @@ def test_step_out_of_order_says_what_was_expected():
         free.step(loss)
     for x, y in free.replay(batches((4,))):
         free.step(loss_of(model, x, y))
-        with pytest.raises(RuntimeError, match=r"leave out loss.backward\(\), or the second call"):
+        with pytest.raises(
+            RuntimeError, match=r"leave out loss.backward\(\), or the second call"
+        ) as told:
             free.step(loss)
+        assert "a term of the loss that depends on the batch is added to the loss" in str(
+            told.value
+        )
     micro = free_for(model, accumulate=2)
     x, y = next(iter(micro.replay(batches((4, 4)))))
     loss_of(model, x, y).backward()

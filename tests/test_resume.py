@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader, Dataset
 
 from free_adv import FreeAdversarial
-from tests.helpers import on_two_ranks
+from tests.helpers import advance, equal, free_for, joined, on_two_ranks
 from tests.reference import batches, network
 
 pytest.importorskip("torchdata")
@@ -366,6 +366,32 @@ def test_the_minibatch_in_flight_keeps_its_augmentation_though_a_worker_forgets_
 
 
 # The loader of torch itself.
+
+
+@pytest.mark.parametrize("own_backward", [False, True])
+def test_an_epoch_that_is_left_and_skipped_goes_on_bit_equal_from_behind_the_loop(own_backward):
+    def begin():
+        model = network()
+        free = free_for(model, replays=M)
+        return model, free
+
+    def train(model, free, epochs):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1) if own_backward else None
+        for _ in range(epochs):
+            for number, (x, y) in enumerate(free.replay(batches((4, 4, 4)))):
+                if number == M + 1:
+                    break
+                advance(model, free, x, y, optimizer)
+            free.skip()
+
+    whole, first, second = begin(), begin(), begin()
+    train(*whole, 2)
+    train(*first, 1)
+    for one, other in zip(second, first, strict=True):
+        one.load_state_dict(other.state_dict())
+    train(*second, 1)
+    assert equal(second[0].state_dict(), whole[0].state_dict())
+    assert torch.equal(joined(second[1]), joined(whole[1]))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

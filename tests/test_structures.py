@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from free_adv import FreeAdversarial
+from free_adv.batch import tensors
 from tests.helpers import free_for, loss_of
 from tests.reference import batches, network
 
@@ -166,6 +167,51 @@ def test_a_dataclass_is_fresh_in_every_replay_and_moved_to_the_device():
     assert torch.equal(y, batches((4,))[0][1])
     moved = FreeAdversarial(eps=0.1, key="image", device="meta", bounds=None)
     assert next(iter(moved.replay([Sample(x, y)]))).label.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda t: [t],
+        lambda t: collections.OrderedDict(t=t),
+        lambda t: collections.deque([{"t": t}]),
+        lambda t: Pair("a name", t),
+        lambda t: Sample(t, "a name"),
+    ],
+    ids=["list", "ordered dict", "dict in a deque", "named tuple", "dataclass"],
+)
+def test_what_a_container_in_an_object_holds_is_fresh_in_every_replay_and_moved(hold):
+    def held(record):
+        (t,) = (t for _, t in tensors(record.label))
+        return t
+
+    x, given = torch.rand(2, 3), torch.ones(4)
+    record = Record(x, hold(given))
+    for fresh in FreeAdversarial(eps=0.1, key="image", replays=3).replay([record]):
+        assert torch.equal(held(fresh), torch.ones(4))
+        held(fresh).zero_()
+        fresh.image.sum().backward()
+    assert torch.equal(given, torch.ones(4))
+    moved = FreeAdversarial(eps=0.1, key="image", device="meta", bounds=None)
+    assert held(next(iter(moved.replay([record])))).device.type == "meta"
+
+
+class Frozen:
+    """As frozen classes of attrs and pydantic are."""
+
+    def __init__(self, image, label):
+        self.__dict__.update(image=image, label=label)
+
+    def __setattr__(self, name, value):
+        raise AttributeError("frozen")
+
+
+def test_an_object_that_is_frozen_is_a_batch():
+    x = torch.rand(2, 3)
+    batch = next(iter(FreeAdversarial(eps=0.1, key="image").replay([Frozen(x, Frozen(x, x))])))
+    assert isinstance(batch, Frozen)
+    assert batch.image.requires_grad
+    assert not x.requires_grad
 
 
 def test_device_moves_every_tensor_of_the_batch():
