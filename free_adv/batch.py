@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
 import sys
-from collections import Counter, UserList, deque
+from collections import Counter, OrderedDict, UserList, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from types import EllipsisType
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from free_adv.checks import describe
 
 Path = tuple[int | str | EllipsisType, ...]
+PLAIN = (list, tuple, dict, OrderedDict, defaultdict, deque)
 
 
 def as_paths(key: Any) -> list[Path]:
@@ -208,22 +210,15 @@ def _children(value: Any, on_path: Iterable[Any]) -> dict[Any, Any] | None:
     """What a container holds, by key; of an object of the user's own its tensors, if it is on the path."""
     if isinstance(value, Tensor | str):
         return None
-    if (contained := _contained(value)) is not None:
-        return contained
-    held = {**_held(value), **{key: _at(value, key)[0][1] for key in on_path}}
-    return held or None
-
-
-def _contained(value: Any) -> dict[Any, Any] | None:
-    """What a container holds, by key; None if it is none."""
     if isinstance(value, Mapping):
         return {key: value[key] for key in value.keys()}  # noqa: SIM118 iteration may give others
     if isinstance(value, list | tuple | deque | UserList):
         return dict(enumerate(value))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if _is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]
         return {name: getattr(value, name) for name in names if hasattr(value, name)}
-    return None
+    held = {**_held(value), **{key: _at(value, key)[0][1] for key in on_path}}
+    return held or None
 
 
 def _held(value: Any) -> dict[Any, Any]:
@@ -236,12 +231,32 @@ def _held(value: Any) -> dict[Any, Any]:
         slots = [s for c in type(value).__mro__ for s in getattr(c, "__slots__", ())]
         held = {s: getattr(value, s) for s in slots if s[:2] != "__" and hasattr(value, s)}
         held |= getattr(value, "__dict__", {})
-    return {key: v for key, v in held.items() if _is_data(v)}
+    found = {}
+    for key, v in held.items():
+        with contextlib.suppress(RecursionError):  # what holds itself is passed on
+            if _is_data(v):
+                found[key] = v
+    return found
 
 
-def _is_data(value: Any) -> bool:
-    contained = _contained(value) or {}
-    return isinstance(value, Tensor) or _is_array(value) or any(map(_is_data, contained.values()))
+def _is_dataclass(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _is_data(value: Any, above: tuple[int, ...] = ()) -> bool:
+    """Whether it is a tensor or an array, or a container of Python's own that holds some and not itself."""
+    if isinstance(value, Tensor) or _is_array(value):
+        return True
+    if type(value) in PLAIN or (isinstance(value, tuple) and hasattr(value, "_make")):
+        inner = value.values() if isinstance(value, dict) else value
+    elif _is_dataclass(value):
+        inner = (_children(value, ()) or {}).values()
+    else:
+        return False
+    if id(value) in above:
+        raise RecursionError
+    held = [_is_data(v, (*above, id(value))) for v in inner]  # all of it, for what holds itself
+    return any(held)
 
 
 def _like(value: Any, children: dict[Any, Any]) -> Any:
@@ -267,7 +282,7 @@ def _like(value: Any, children: dict[Any, Any]) -> Any:
         else:
             try:
                 setattr(twin, key, child)
-            except (AttributeError, TypeError, ValueError):  # a frozen one
+            except Exception:  # a frozen one
                 object.__setattr__(twin, key, child)
     return twin
 

@@ -96,6 +96,7 @@ class Visit:
         calls: Those of the module `at` whose gradients are to come.
         through: How many samples have been through, by the number of the call.
         behind: Whether a further batch was yielded after its calls.
+        seen: Whether what has moved was asked for while it was the latest.
         over: Whether the loop has moved on, so that a gradient would come too late.
     """
 
@@ -108,6 +109,7 @@ class Visit:
     calls: list[Call] = field(default_factory=list)
     through: dict[str | int, int] = field(default_factory=dict)
     behind: bool = False
+    seen: bool = False
     over: bool = False
 
     @property
@@ -247,8 +249,9 @@ class Flight:
                 visit.clean = {}
         self.latest = self.coming
         visit = self._visit(self.latest)
+        batch = self._batch(visit)
         self.waiting.append(visit)
-        return self._batch(visit)
+        return batch
 
     @property
     def coming(self) -> Stop:

@@ -222,12 +222,12 @@ class Hints:
                 "nothing depends on it",
             )
 
-    def of_the_latest(self, ahead: int) -> None:
-        """What belongs to the batch yielded last, while several are out ahead."""
-        if ahead > 1:
+    def of_the_latest(self, seen: list[bool]) -> None:
+        """What belongs to the batch yielded last, while others are out, of which nobody has asked for it in their time."""
+        if not all(seen):
             self.tell(
                 "latest",
-                f"the batches that were taken ahead are {ahead}, and free.clean and free.delta are those of the last one, so "
+                f"the batches that were taken ahead are {len(seen)}, and free.clean and free.delta are those of the last one, so "
                 "that a loss made with them pairs the others with wrong images: take batches one by one (in a framework, "
                 "accumulate none), or let a batch hold its images twice; ignore this if they are only looked at",
             )
@@ -342,15 +342,20 @@ def doubt(
             f"{range_}, less than a tenth of bounds {bounds}: look whether images are divided by 255 twice, or "
             "bounds are those of 0..255 for images in [0, 1]"
         )
-    elif bounds and 1 / 2550 <= eps < (bounds[1] - bounds[0]) / 2550:
+    elif bounds and eps < (width := bounds[1] - bounds[0]) / 2550 and _of_grey_levels(eps):
         odd = (
             f"eps={eps:g} is less than a tenth of a grey level of bounds {bounds}: give eps in the units of bounds, "
-            f"perhaps {eps * (bounds[1] - bounds[0]):g}"
+            f"perhaps {eps * width:g}"
         )
     elif 0 < high - low < eps:
         odd = f"{range_}, and eps={eps:g} is more than that: give eps in the units of the input"
     if odd:
         warn(f"{odd}; ignore this if it is meant")
+
+
+def _of_grey_levels(eps: float) -> bool:
+    """Whether it is as one writes it for images in [0, 1]: 1/255 to 32/255."""
+    return abs(eps * 255 - round(eps * 255)) < 1e-6 and 1 <= round(eps * 255) <= 32
 
 
 def frames(x: Tensor, mean: tuple[Any, ...] | None) -> None:
@@ -374,11 +379,10 @@ def masked(still: int, samples: int, what: str, when: str) -> str:
 
 
 def _of_float16(grad: Tensor) -> Tensor:
-    """Whether a gradient was computed in float16, also where autocast has made it float32 since: its grid tells."""
-    coarse = (
-        grad == grad.half()
-    ).all()  # and so small that no other precision has only such numbers
-    return coarse & (grad.where(grad != 0, 1).abs().amin() < 1e-6)
+    """Whether a gradient was computed in float16, also where autocast has made it float32 since, and is small for it."""
+    some = grad != 0
+    least = some & (grad.abs() < 1e-6)  # where the grid of float16 is coarse, and no other's is
+    return (grad == grad.half()).all() & some.any() & (2 * least.sum() >= some.sum())
 
 
 def _equal(t: Tensor, other: Tensor) -> bool:

@@ -141,7 +141,7 @@ class Loop:
         """Drop the gradients that `step` has made, and those from before the first batch."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        self.spent = False
+        self.spent, self.hints.summed = False, None
 
     def settle(self) -> Flight:
         """Take in the gradients that have arrived; what is in flight."""
@@ -193,7 +193,9 @@ class Loop:
 
     def moved(self, delta: bool) -> Tensor | list[Tensor] | None:
         """Copies of what was moved last, or of its delta: a list for several inputs or if samples differ in shape."""
-        self.hints.of_the_latest(sum(visit.waits for visit in self.flight.waiting))
+        for visit in self.flight.waiting[-1:]:
+            visit.seen = True
+        self.hints.of_the_latest([v.seen for v in self.flight.waiting if v.waits])
         found, moved = [], [*self.flight.moved.items()]
         for i, (rows, x) in enumerate(moved):
             if rows.key not in self.delta.buffers:
@@ -213,4 +215,4 @@ class Loop:
         """Drop delta and any batch in flight."""
         self.leave()
         self.delta.load({})
-        self.newest = None
+        self.flight, self.newest = self.flight_of(self.delta, []), None

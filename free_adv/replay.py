@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from operator import length_hint
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -82,6 +82,7 @@ class Turns(Iterator[T]):
         try:
             self._open()
             if loop.newest is not self.me:
+                self.close()
                 raise RuntimeError(
                     "this replay was replaced by a newer one of the same FreeAdversarial, or ended by "
                     "load_state_dict() or by the end of its with block: iterate the newest, or replay(loader) "
@@ -93,17 +94,22 @@ class Turns(Iterator[T]):
                     "receives a gradient: iterate it outside"
                 )
             loop.demand()
-            if not loop.flight.todo and not self._read():
-                self.through = True
-                raise StopIteration
-            batch: T = loop.next()
-            if self.last:  # for Accelerate, only the last replay is that of the last batch
-                self.loader.end_of_dataloader = not loop.flight.todo
-        except BaseException:
+            self.through = not loop.flight.todo and not self._read()
+            if not self.through:
+                batch: T = loop.next()
+                if self.last:  # for Accelerate, only the last replay is that of the last batch
+                    self.loader.end_of_dataloader = not loop.flight.todo
+                return batch
+        except BaseException as error:
             self.failed = loop.flight if loop.newest is self.me else None
             self._rest()
+            if isinstance(
+                error, StopIteration
+            ):  # of another iterator, and would end the epoch in silence
+                raise RuntimeError("the loader or the objective raised StopIteration") from error
             raise
-        return batch
+        self.close()
+        raise StopIteration
 
     def _rest(self) -> None:
         if self.watch is not None:
@@ -112,11 +118,16 @@ class Turns(Iterator[T]):
             self.loop.newest = None
 
     def close(self) -> None:
-        """End here, as a loop that is left does."""
-        self.through = True
+        """End here, as a loop that is left does, and the loader's iterator too."""
+        self.through, self.loader, self.source, self.taken = True, None, iter(()), []
         self._rest()
 
     __del__ = close
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an iterator of a replay cannot be copied: take a state_dict() of the object"
+        )
 
     def _open(self) -> None:
         loop = self.loop

@@ -688,7 +688,7 @@ class Interrupt:
 MOVES = {("step.py", "_move_weights"), ("loop.py", "settle"), ("delta.py", "forget")}
 MOVES |= {("hints.py", "look")}  # in a step of the loop's own
 # Where a minibatch has left the loader and the object does not hold it yet.
-READS = {("replay.py", "_chunks"), ("loop.py", "read")}
+READS = {("replay.py", "_read"), ("loop.py", "read")}
 
 
 def interrupts(way, norm, accumulate, each=1, instructions=False):
@@ -707,7 +707,7 @@ def interrupts(way, norm, accumulate, each=1, instructions=False):
         assert in_ball(run.free)
         taken = len(loader) - len(rest)
         starts = {"state": taken}
-        if interrupt.stack[0] == ("replay.py", "__iter__") or READS & set(interrupt.stack):
+        if interrupt.stack[0] == ("replay.py", "__next__") or READS & set(interrupt.stack):
             starts["reading anew"] = (taken - 1) // accumulate * accumulate
         cures = (
             cure

@@ -203,6 +203,18 @@ def test_that_clean_images_are_those_of_another_batch_that_is_ahead_is_told(ahea
     assert told("free.clean and free.delta are those of the last one") == times
 
 
+def test_clean_images_that_are_asked_for_batch_by_batch_are_those_of_the_batch(told):
+    free, model = FreeAdversarial(eps=0.1, replays=2, accumulate=2), network()
+    losses = []
+    for x, y in free.replay(batches((4,) * 4)):
+        assert (x - free.clean).abs().max() <= 0.1 + 1e-6
+        losses.append(loss_of(model, x, y))
+        if free.last:
+            sum(losses).backward()
+            losses = []
+    assert told("free.clean and free.delta are those of the last one") == 0
+
+
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
 def test_a_sparse_tensor_beside_the_input_is_of_no_concern(layout):
     with warnings.catch_warnings():

@@ -418,6 +418,20 @@ def test_a_float16_loop_without_a_scaler_is_told(scaled, how):
             train()
 
 
+def test_a_part_of_the_image_that_a_float16_loop_does_not_look_at_is_no_false_alarm():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        nn.Linear(16, 10),
+    )
+    x, y = images(64, shape=(3, 64, 64)), torch.arange(64) % 10
+    scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)
+    for a, b in FreeAdversarial(eps=EPS, replays=2).replay([(x, y)]):
+        with torch.autocast("cpu", torch.float16):
+            logits = net(a[..., :32])
+        scaler.scale(functional.cross_entropy(logits.float(), b)).backward()
+
+
 def test_weights_that_begin_at_zero_are_no_false_alarm():
     net = linear()
     nn.init.zeros_(net[1].weight)
@@ -462,6 +476,43 @@ def test_values_that_are_as_they_should_be_are_not_told():
     judged(NET, threat.from_pixels(X, X.dtype), threat=threat)
     judged(NET, X * 0, threat=THREAT)  # a blank batch
     judged(NET, X * 255, threat=ThreatModel(8, bounds=(0, 255)))
+    judged(NET, X * 255, threat=ThreatModel(0.08, bounds=(0, 255)))  # a radius that rises
+    judged(NET, X * 4095 - 1024, threat=ThreatModel(1, bounds=(-1024, 3071)))  # computed tomography
+    judged(NET, X * 65535, threat=ThreatModel(16, bounds=(0, 65535)))
+
+
+@pytest.mark.parametrize("count", [2, 5, 7])
+def test_that_a_small_first_batch_is_rounded_otherwise_beside_others_is_not_told(count):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 1))
+    x = images(count)
+
+    def squared(output, y):
+        return (output[:, 0] - y).square()
+
+    def near(output, y):
+        return squared(output, y) < 1
+
+    judged(net, x, torch.zeros(count), loss=squared, correct=near)
+
+
+def test_soft_labels_are_climbed_by_their_cross_entropy_where_correct_says_what_is_right():
+    y = NET(X).argmax(1)
+    soft = functional.one_hot(y, 10) * 0.9 + 0.01
+
+    def right(output, y):
+        return output.argmax(1) == y.argmax(1)
+
+    found = judged(NET, X, soft, correct=right)
+    assert found.clean == 1
+    assert found.robust == pytest.approx(judged(NET, X, y).robust, abs=0.1)
+
+
+def test_a_later_image_that_overshoots_its_bounds_alone_is_judged_and_one_of_other_units_is_not():
+    stray = X[:1] * 1.25 - 0.125
+    loader = [(X[:1], Y[:1]), (stray, Y[:1])]
+    assert evaluate(NET, loader, THREAT, steps=1, progress=False).count == 2
+    with pytest.raises(ValueError, match="outside bounds"):
+        evaluate(NET, [*loader, (X[:1] * 255, Y[:1])], THREAT, steps=1, progress=False)
 
 
 # Few sizes, whole results.

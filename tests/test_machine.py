@@ -403,8 +403,8 @@ class Model:
     def fails(self, epoch, error):
         """An iterator goes on behind an error, unless something else has begun since."""
         mine = self.running is epoch
-        epoch.state = "over" if error is StopIteration else "failed"
-        epoch.flights = self.flights if mine else None
+        epoch.state = "failed" if mine and error is not StopIteration else "over"
+        epoch.flights = self.flights
         if mine:
             self.running = None
 
@@ -758,6 +758,8 @@ class Machine(RuleBasedStateMachine):
         with free:
             pass
         model.begin({})
+        model.flights += 1
+        model.turn = None
 
     def load_junk(self, who, what="state"):
         self.count("junk loaded")

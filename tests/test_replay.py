@@ -155,3 +155,117 @@ def test_a_backward_pass_that_makes_a_graph_leaves_none_in_delta():
         (x * weight).square().sum().backward(create_graph=True)
         weight.grad = None
     assert not free.delta.requires_grad
+
+
+# What an iterator holds to.
+
+
+def some(objective=None):
+    """A replay of three batches."""
+    free = free_for(network(), replays=1, ascents=int(objective is not None), objective=objective)
+    return free.replay(batches((4, 4, 4)))
+
+
+def test_an_iterator_that_is_used_up_in_the_objective_or_the_loader_does_not_end_the_epoch():
+    empty, model = iter(()), network()
+    replay = some(lambda batch: loss_of(model, *batch) * next(empty))
+    with pytest.raises(RuntimeError, match="the loader or the objective raised StopIteration"):
+        next(iter(replay))
+
+    class Loader:
+        def __iter__(self):
+            return iter(next(empty))
+
+    with pytest.raises(RuntimeError, match="the loader or the objective raised StopIteration"):
+        next(iter(FreeAdversarial(eps=0.1).replay(Loader())))
+
+
+@pytest.mark.parametrize("how", ["close", "to the end", "drop"])
+def test_the_loaders_iterator_ends_with_that_of_the_replay(how):
+    ended = []
+
+    def loader():
+        try:
+            yield from batches((4, 4))
+        finally:
+            ended.append(True)
+
+    replay = iter(FreeAdversarial(eps=0.1, replays=1).replay(loader()))
+    next(replay)[0].sum().backward()
+    assert not ended
+    if how == "close":
+        replay.close()
+    elif how == "to the end":
+        for x, _ in replay:
+            x.sum().backward()
+    else:
+        del replay
+    assert ended
+    if how != "drop":
+        assert next(replay, None) is None
+
+
+def test_an_iterator_that_was_replaced_says_so_once_and_is_over():
+    replay = some()
+    old, new = iter(replay), iter(replay)
+    next(old)
+    next(new)
+    with pytest.raises(RuntimeError, match="replaced by a newer one"):
+        next(old)
+    assert next(old, None) is None
+
+
+def test_an_iterator_of_a_replay_cannot_be_copied():
+    running = iter(some())
+    next(running)
+    for way in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"cannot be copied: take a state_dict\(\)"):
+            way(running)
+
+
+def test_an_iterator_that_has_failed_does_not_go_on_behind_the_with_block():
+    class Missing(Exception):
+        pass
+
+    class Once:
+        def __init__(self):
+            self.given = iter([Missing, *batches((4, 4))])
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            value = next(self.given)
+            if value is Missing:
+                raise Missing
+            return value
+
+    with FreeAdversarial(eps=0.1) as free:
+        replay = iter(free.replay(Once()))
+        with pytest.raises(Missing):
+            next(replay)
+    with pytest.raises(RuntimeError, match="by the end of its with block"):
+        next(replay)
+
+
+def test_a_batch_whose_copy_has_failed_comes_again():
+    class Fragile(dict):
+        fails = False
+
+        def __copy__(self):
+            if Fragile.fails:
+                Fragile.fails = False
+                raise MemoryError
+            return Fragile(self)
+
+    free = FreeAdversarial(eps=0.1, replays=3, key="x")
+    replay = iter(free.replay([Fragile(x=torch.rand(2, 3))]))
+    next(replay)["x"].sum().backward()
+    Fragile.fails = True
+    with pytest.raises(MemoryError):
+        next(replay)
+    turns = []
+    for batch in replay:
+        turns.append(free.turn)
+        batch["x"].sum().backward()
+    assert turns == [1, 2]

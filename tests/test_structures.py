@@ -1,8 +1,9 @@
 """Batches of every structure: what is perturbed in them, and that all the rest stays as it is."""
 
 import collections
+import collections.abc
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -204,6 +205,48 @@ class Frozen:
 
     def __setattr__(self, name, value):
         raise AttributeError("frozen")
+
+
+@dataclass
+class Node:
+    value: torch.Tensor
+    above: object = None
+    below: list = field(default_factory=list)
+
+
+class Lazy(collections.abc.Mapping):
+    """It computes what it is asked for, and has a constructor of its own."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __getitem__(self, key):
+        raise OSError("not there")
+
+    def __iter__(self):
+        return iter(range(self.size))
+
+    def __len__(self):
+        return self.size
+
+
+class Shape(tuple):
+    __slots__ = ()
+
+    def __new__(cls, height, width):
+        return super().__new__(cls, (height, width))
+
+
+def test_what_in_an_object_holds_itself_or_is_of_a_class_of_its_own_is_passed_on_as_it_is():
+    tree = Node(torch.ones(2))
+    tree.below.append(Node(torch.ones(2), above=tree))
+    shape = Shape(torch.ones(2), torch.ones(2))
+    for label in (tree, Lazy(3), shape):
+        fresh = next(
+            iter(FreeAdversarial(eps=0.1, key="image").replay([Record(torch.rand(2, 3), label)]))
+        )
+        assert fresh.label is label
+        assert fresh.image.requires_grad
 
 
 def test_an_object_that_is_frozen_is_a_batch():

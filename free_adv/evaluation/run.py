@@ -142,9 +142,11 @@ class Run:
             self.threat.check(x, values=not self.size, doubts=True)
             if not len(x):
                 continue
-            if self.size:  # a loader may mix images of several ranges
-                pixels, normalised = self.threat.to_pixels(x), self.threat.std is not None
-                within_bounds(pixels, self.threat.bounds, describe(x), normalised)
+            if self.size and self.threat.bounds:  # a loader may mix images of 0..1 and of 0..255
+                pixels, (lowest, highest) = self.threat.to_pixels(x), self.threat.bounds
+                if ((pixels - lowest) / (highest - lowest) - 0.5).abs().max() > 2:
+                    normalised = self.threat.std is not None
+                    within_bounds(pixels, self.threat.bounds, describe(x), normalised)
             y, seen = self.task.truth(batch[1], len(x), x.device), len(self.clean)
             outputs = [*self.answers(x)]
             degree = self.degree(outputs, y)
@@ -179,11 +181,11 @@ class Run:
         (beside,) = self.answers(rows(x, few))
         other = int(((self.degree([beside], rows(y, few)) - degree[few]).abs() > 1e-3).sum())
         known = isinstance(output, Tensor) and output.ndim and len(output) == len(x)
-        far = apart(rows(output, few), beside) if known else 0.0
+        far = apart(rows(output, few), beside, output) if known else 0.0
         if far > max(1e-2, rounding) or (other and not known):  # else ties of half precision
             warn(
                 "the model's answers depend on the other images of a batch, as those of BatchNorm without running "
-                f"statistics do: with an eighth of the first batch, repeated, its outputs differ by {far:.2g} of their "
+                f"statistics do, or of activations whose scale is the batch's: with an eighth of the first batch, repeated, its outputs differ by {far:.2g} of their "
                 f"range, and {other} of {len(x)} images are judged otherwise. An attack puts images together anew, so "
                 "that some are wrong by that alone: give such layers statistics of their own, or the loader "
                 "batch_size=1"

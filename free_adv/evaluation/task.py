@@ -41,7 +41,8 @@ class Task:
 
     def truth(self, y: Any, samples: int, device: torch.device) -> Any:
         """The labels, in a form in which rows can be taken of them."""
-        if not callable(self.loss) and (self.ascended or self.correct is None):
+        soft = self.correct is not None and isinstance(y, Tensor) and y.is_floating_point()
+        if not callable(self.loss) and not soft and (self.ascended or self.correct is None):
             return labels(y, samples, device)
         several = isinstance(y, list | tuple | Mapping)
         y = move(y, device) if several else torch.as_tensor(y, device=device).detach()
@@ -65,6 +66,8 @@ class Task:
             return per_sample("loss", self.loss(output, rebuilt(y)), count_of(y))
         z = logits(output, len(y))
         z = z.to(torch.promote_types(z.dtype, torch.float32))
+        if y.is_floating_point():  # shares of classes
+            return functional.cross_entropy(z, y, reduction="none")
         own, others = z.gather(1, y[:, None])[:, 0], z.scatter(1, y[:, None], -torch.inf)
         if self.loss == "ce":
             margin = others.logsumexp(1) - own
@@ -223,17 +226,20 @@ def count_of(column: Any) -> int:
     return count_of(next(iter(column.values()))) if isinstance(column, Mapping) else len(column)
 
 
-def apart(one: Any, other: Any) -> float:
-    """How far two outputs are from one another, as a share of the range of their values."""
-    pairs = [*zip(tensors(one), tensors(other), strict=False)]
+def apart(one: Any, other: Any, whole: Any = None) -> float:
+    """How far two outputs are from one another, as a share of the range of the values of `whole`, or of the first."""
+    triples = zip(
+        tensors(one), tensors(other), tensors(one if whole is None else whole), strict=False
+    )
     far = 0.0
-    for (_, a), (_, b) in pairs:
+    for (_, a), (_, b), (_, all_) in triples:
         if a.shape != b.shape:
             return math.inf
         if a.numel() and not a.is_complex():
             a, b = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (a, b))
             same = (a == b) | (a.isnan() & b.isnan())
             off = (a - b).abs().where(~same, 0).nan_to_num(torch.inf).max().item()
-            low, high = (v.item() for v in a.nan_to_num(0, 0, 0).aminmax())
-            far = max(far, off / max(high - low, 1e-30))
+            low, high = (v.item() for v in all_.detach().nan_to_num(0, 0, 0).aminmax())
+            rounding = 1e-3 * max(abs(low), abs(high), 1e-30)  # the range of values that are alike
+            far = max(far, off / max(high - low, rounding))
     return far
