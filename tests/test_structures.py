@@ -184,7 +184,7 @@ def test_what_a_container_in_an_object_holds_is_fresh_in_every_replay_and_moved(
     def held(record):
         value = record.label
         while not isinstance(value, torch.Tensor):
-            value = getattr(value, "__dict__", value)  # of a dataclass
+            value = vars(value) if isinstance(value, Sample) else value
             inner = value.values() if isinstance(value, dict) else value
             value = next(v for v in inner if not isinstance(v, str))
         return value
