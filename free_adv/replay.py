@@ -103,9 +103,8 @@ class Turns(Iterator[T]):
         except BaseException as error:
             self.failed = loop.flight if loop.newest is self.me else None
             self._rest()
-            if isinstance(
-                error, StopIteration
-            ):  # of another iterator, and would end the epoch in silence
+            # One of another iterator would end the epoch in silence.
+            if isinstance(error, StopIteration):
                 raise RuntimeError("the loader or the objective raised StopIteration") from error
             raise
         self.close()
@@ -139,7 +138,7 @@ class Turns(Iterator[T]):
                 with contextlib.suppress(Exception):  # a stream's `__len__` may raise what it likes
                     self.left = length_hint(self.loader, 0)
             self.me = loop.open()
-        elif self.failed is not None and self.failed is loop.flight and loop.newest is None:
+        elif self.failed is loop.flight and loop.newest is None:
             loop.newest = self.me
         else:
             return
