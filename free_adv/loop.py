@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 import weakref
 from typing import Any, ClassVar
 
@@ -26,8 +25,8 @@ class Loop:
     """What a `FreeAdversarial` shares with its iterators and its module."""
 
     moving: ClassVar[bool] = False  # whether a `step`, of any loop, is at the optimizers
-    iterated: ClassVar[weakref.WeakSet[Loop]] = weakref.WeakSet()  # all that were
-    lock: ClassVar[threading.Lock] = threading.Lock()  # on that set
+    # All that were, by id. No set under a lock: an interrupt could leave the lock taken for ever.
+    iterated: ClassVar[weakref.WeakValueDictionary[int, Loop]] = weakref.WeakValueDictionary()
 
     delta: Delta
     replays: int
@@ -91,8 +90,7 @@ class Loop:
         if not self.resumed:
             self.leave()
         self.newest = object()
-        with Loop.lock:
-            Loop.iterated.add(self)
+        Loop.iterated[id(self)] = self
         return self.newest
 
     def held(self, batch: Any) -> Any:
@@ -132,8 +130,8 @@ class Loop:
     @property
     def alone(self) -> bool:
         """Whether no other loop under way moves some of these weights, in which gradients of this one would count."""
-        with Loop.lock:
-            others = [o for o in Loop.iterated if o is not self and o.newest and o.optimizers]
+        loops = [ref() for ref in Loop.iterated.valuerefs()]  # a copy, which no thread changes
+        others = [o for o in loops if o is not None and o is not self and o.newest and o.optimizers]
         mine = {*map(id, self.parameters)} if others else set()
         return not any(id(p) in mine for other in others for p in other.parameters)
 
