@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from operator import length_hint
@@ -61,19 +62,21 @@ class Replay(Generic[T]):
         return f"Replay({self._loader!r}, replays={self._loop.replays})"
 
 
+@dataclasses.dataclass(eq=False)
 class Turns(Iterator[T]):
     """The batches of one pass over a loader, in their turns. Behind an error it goes on, as a loader's iterator does."""
 
-    def __init__(self, loop: Loop, loader: Any) -> None:
-        self.loop, self.loader = loop, loader
-        self.source: Iterator[Any] = iter(())  # the loader's iterator, from the first batch on
-        self.left = 0  # how many batches the loader may still have, if it matters
-        self.taken: list[Any] = []  # what it gave that is not in flight yet
-        self.last = False  # Accelerate's flag, see below
-        self.through = False
-        self.me: object = None  # this iterator for the loop, once it has begun
-        self.failed: Flight | None = None  # what was in flight when an error came
-        self.watch: RemovableHandle | None = None
+    loop: Loop
+    loader: Any
+    # The loader's iterator, from the first batch on.
+    source: Iterator[Any] = dataclasses.field(default_factory=lambda: iter(()))
+    left: int = 0  # how many batches the loader may still have, if it matters
+    taken: list[Any] = dataclasses.field(default_factory=list)  # it gave, and are not in flight yet
+    last: bool = False  # Accelerate's flag, see below
+    through: bool = False
+    me: object = None  # this iterator for the loop, once it has begun
+    failed: Flight | None = None  # what was in flight when an error came
+    watch: RemovableHandle | None = None
 
     def __next__(self) -> T:
         if self.through:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -737,6 +738,11 @@ def inexact(found):
     return {i.line for i, cure in found if cure is None}
 
 
+# One in a destructor is swallowed by Python itself.
+SWALLOWED = pytest.mark.filterwarnings("ignore:Exception ignored in")
+
+
+@SWALLOWED
 @pytest.mark.parametrize(("way", "norm", "accumulate"), [("go", "linf", 2), ("go_alone", "l2", 1)])
 def test_after_an_interrupt_the_run_goes_on_exactly_but_where_weights_and_delta_move(
     way, norm, accumulate
@@ -746,6 +752,27 @@ def test_after_an_interrupt_the_run_goes_on_exactly_but_where_weights_and_delta_
     assert inexact(found) == set()
 
 
+@SWALLOWED
+def test_an_interrupt_at_no_line_of_an_iterator_makes_the_next_one_wait_for_ever():
+    for n in itertools.count(1):
+        run = Training()
+
+        def begin(run=run):
+            next(iter(run.free.replay(batches((2,)))))
+
+        with Interrupt(n) as interrupt:
+            begin()
+        if not interrupt.stack:
+            break
+        torch.set_grad_enabled(True)
+        after = threading.Thread(target=begin, daemon=True)
+        after.start()
+        after.join(20)
+        assert not after.is_alive(), interrupt.line
+    assert n > 100
+
+
+@SWALLOWED
 @pytest.mark.slow
 @pytest.mark.parametrize("instructions", [False, True], ids=["line", "instruction"])
 @WAYS
